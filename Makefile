@@ -1,0 +1,64 @@
+# Every command a person or CI runs; bare `make` lists them.
+#
+# PYTHON=path        the Python 3.10+ that .venv is made from (default python3)
+# MICROPYTHON=path   a MicroPython unix port other than .venv's, for example the system's own package
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+MICROPYTHON ?= $(CURDIR)/.venv/bin/micropython
+PY := .venv/bin/python
+VENV := .venv/made-for
+
+export PYTHON MICROPYTHON
+export PYTHONDONTWRITEBYTECODE := 1
+
+# Scripts in .venv carry its absolute path, so a moved or copied tree needs a new one.
+ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
+.PHONY: $(VENV)
+endif
+
+.PHONY: help setup test test-cpython test-upy demo powercut size lint package clean need-mosquitto need-micropython
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV) need-mosquitto need-micropython ## make .venv, install mosquitto if it is missing
+
+test: $(VENV) need-mosquitto need-micropython ## every test, on CPython and on MicroPython: all that CI runs
+	@$(PY) tests/run_all.py
+
+test-cpython: $(VENV) need-mosquitto need-micropython ## the tests on CPython; ARGS= goes to pytest
+	@$(PY) tests/run_all.py cpython $(ARGS)
+
+test-upy: $(VENV) need-micropython ## the tests on the MicroPython unix port; ARGS="test_x.py test_y.py::test_z"
+	@$(PY) tests/run_all.py upy $(ARGS)
+
+demo: $(VENV) need-mosquitto need-micropython ## a device under power cuts and a real broker; N= CUTS= SEED= change it
+	@$(PY) tools/demo.py $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))
+
+powercut: $(VENV) ## cut the power at every flash operation; ARGS= goes to tools/powercut.py
+	@$(PY) tools/powercut.py $(ARGS)
+
+size: $(VENV) ## bytes of .mpy per module
+	@$(PY) tools/size.py
+
+lint: $(VENV) ## style and likely mistakes
+	@$(PY) -m ruff check --no-cache .
+
+package: ## write lib/package.json from the files that are in lib/mqtt_durable
+	@$(PYTHON) tools/package.py
+
+clean: ## remove all that make has made, .venv too
+	@rm -rf .venv .hypothesis .pytest_cache .ruff_cache build
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV): tools/requirements.txt
+	@tools/setup venv
+
+need-mosquitto:
+	@tools/setup mosquitto
+
+need-micropython: $(VENV)
+	@tools/setup micropython
