@@ -1,0 +1,178 @@
+"""Stand-in for machine: what a program of this project calls, doing nothing but remembering.
+
+A call that never returns on a board (reset, deepsleep) ends the program here by SystemExit, whose argument says which
+it was; whoever runs the program starts it again.  On the unix port of MicroPython the built-in module's names stay.
+"""
+
+import sys
+
+if sys.implementation.name == "micropython":
+    from umachine import *  # noqa: F403  mem32, time_pulse_us, ...
+
+PWRON_RESET = 1
+HARD_RESET = 2
+WDT_RESET = 3
+DEEPSLEEP_RESET = 4
+SOFT_RESET = 5
+
+board = "esp32"
+cause = PWRON_RESET  # what reset_cause() returns
+wdt = None  # the watchdog, once one is started
+temperature_c = 21.0  # what the Pico's sensor measures
+_rtc_memory = b""
+
+
+def use_board(name):
+    """Become "esp32" or "rp2" (its limits and sensor), just powered on."""
+    global board, cause, wdt, _rtc_memory
+    board = name
+    cause = PWRON_RESET
+    wdt = None
+    _rtc_memory = b""
+
+
+def reset():
+    """End the program; the next start is a hard reset."""
+    raise SystemExit("reset")
+
+
+def soft_reset():
+    """End the program; on a board the interpreter starts again."""
+    raise SystemExit("soft_reset")
+
+
+def deepsleep(time_ms=None):
+    """End the program; on a board it starts again after time_ms."""
+    raise SystemExit("deepsleep")
+
+
+def lightsleep(time_ms=None):
+    """Return at once; nothing sleeps here."""
+
+
+def reset_cause():
+    """Return why the program was started."""
+    return cause
+
+
+def unique_id():
+    """Return six bytes that are this device's own."""
+    return b"\x24\x0a\xc4\x00\x01\x02"
+
+
+def freq(hz=None):
+    """Return the processor's clock in Hz."""
+    return 160000000 if board == "esp32" else 125000000
+
+
+def idle():
+    """Wait for an interrupt: there is none."""
+
+
+class WDT:
+    """The watchdog.  It never bites: timeout_ms and feeds, the number of feed() calls, are for tests.
+
+    Raises ValueError for a timeout the board cannot do: 0 on both, over 8388 ms on rp2.
+    """
+
+    def __init__(self, id=0, timeout=5000):
+        global wdt
+        if timeout <= 0:
+            raise ValueError("WDT timeout too short")
+        if board == "rp2" and timeout > 8388:
+            raise ValueError("timeout exceeds 8388")
+        self.timeout_ms = timeout
+        self.feeds = 0
+        wdt = self
+
+    def feed(self):
+        """Count."""
+        self.feeds += 1
+
+
+class RTC:
+    """Only the memory that survives deep sleep (ESP32), 2048 bytes at most; ValueError for more."""
+
+    def memory(self, data=None):
+        """Return the bytes kept, or keep data."""
+        global _rtc_memory
+        if data is None:
+            return _rtc_memory
+        if len(data) > 2048:
+            raise ValueError("buffer too long")
+        _rtc_memory = bytes(data)
+
+
+class ADC:
+    """Reads the Pico's temperature sensor on channel CORE_TEMP, half the range on every other."""
+
+    CORE_TEMP = 4
+
+    def __init__(self, channel):
+        self._channel = channel
+
+    def read_u16(self):
+        """Return 0..65535 for 0..3.3 V."""
+        if self._channel != self.CORE_TEMP:
+            return 32768
+        volts = 0.706 - (temperature_c - 27) * 0.001721  # RP2040 data sheet, section 4.9.5
+        return int(volts / 3.3 * 65535 + 0.5)
+
+
+class Pin:
+    """A pin that keeps what it was given.  id: a number, or a name as "LED"."""
+
+    IN = 0
+    OUT = 1
+    PULL_UP = 2
+
+    def __init__(self, id, mode=IN, pull=None, value=0):
+        self.id = id
+        self._value = value
+
+    def value(self, value=None):
+        """Return 0 or 1, or set it."""
+        if value is None:
+            return self._value
+        self._value = 1 if value else 0
+
+    def on(self):
+        """Set 1."""
+        self._value = 1
+
+    def off(self):
+        """Set 0."""
+        self._value = 0
+
+    def toggle(self):
+        """Change to the other."""
+        self._value ^= 1
+
+
+class Timer:
+    """A timer that fires only when a test calls fire()."""
+
+    ONE_SHOT = 0
+    PERIODIC = 1
+
+    def __init__(self, id=-1, **settings):
+        self._callback = None
+        if settings:
+            self.init(**settings)
+
+    def init(self, mode=PERIODIC, period=-1, freq=-1, callback=None):
+        """Arm: callback(timer) at each fire()."""
+        self._mode = mode
+        self._callback = callback
+
+    def deinit(self):
+        """Disarm."""
+        self._callback = None
+
+    def fire(self):
+        """Do what the time being up would do."""
+        callback = self._callback
+        if callback is not None:
+            if self._mode == self.ONE_SHOT:
+                self._callback = None
+            callback(self)

@@ -1,0 +1,77 @@
+"""Stand-in for rp2: the flash behind a Pico W's file system, over simulated NOR flash (tools/norsim.py).
+
+What the real driver (ports/rp2/rp2_flash.c) does silently or fatally is an error here: it checks nothing, programs
+whatever follows a buffer that is not a multiple of 256 bytes, and freezes the board past the end of the flash.
+"""
+
+from network import country  # noqa: F401  the same function on a board
+from norsim import Nor
+
+_BLOCK_SIZE = 4096
+_PAGE = 256
+_STOCK_BLOCKS = 212  # of a Pico W
+_nor = None
+
+
+class FlashTrap(Exception):
+    """A call that would have harmed a real board.  The argument says how."""
+
+
+def set_flash(nor):
+    """Use nor, a Nor with prog_size 256, as the whole storage area; None: a new blank one of a Pico W's size."""
+    global _nor
+    _nor = nor
+
+
+class Flash:
+    """The storage area, or the window of len bytes from start on (ValueError if not whole sectors of it)."""
+
+    def __init__(self, *, start=-1, len=-1):
+        global _nor
+        if _nor is None:
+            _nor = Nor(_STOCK_BLOCKS * _BLOCK_SIZE, _PAGE)
+        self._nor = _nor
+        if start != -1 and not (0 <= start < _nor.size and start % _BLOCK_SIZE == 0):
+            raise ValueError
+        self._start = max(start, 0)
+        if len != -1 and not (0 < len <= _nor.size - self._start and len % _BLOCK_SIZE == 0):
+            raise ValueError
+        self._size = len if len != -1 else _nor.size - self._start
+
+    def readblocks(self, n, buf, off=0):
+        """Read len(buf) bytes; any offset and length inside."""
+        at = self._address(n, off, len(buf))
+        self._nor.readblocks(0, buf, at)
+
+    def writeblocks(self, n, buf, off=None):
+        """Program whole pages; without off, erase the sectors touched first."""
+        at = self._address(n, off or 0, len(buf))
+        if at % _PAGE or len(buf) % _PAGE:
+            raise FlashTrap(
+                "program of %d bytes at 0x%x: not whole pages of %d, the board would program what follows in RAM"
+                % (len(buf), at, _PAGE)
+            )
+        if off is None:
+            if len(buf) % _BLOCK_SIZE:
+                raise FlashTrap(
+                    "erase of %d bytes: the board erases whole sectors, the rest of the last one too" % len(buf)
+                )
+            self._nor.writeblocks(at // _BLOCK_SIZE, buf)
+        else:
+            self._nor.writeblocks(0, buf, at)
+
+    def ioctl(self, op, arg):
+        """4: number of sectors, 5: bytes of a sector, 6: erase sector arg; 1-3: 0; else None."""
+        if op == 4:
+            return self._size // _BLOCK_SIZE
+        if op == 6:
+            return self._nor.ioctl(6, self._address(arg, 0, _BLOCK_SIZE) // _BLOCK_SIZE)
+        return self._nor.ioctl(op, arg)
+
+    def _address(self, n, off, length):
+        at = n * _BLOCK_SIZE + off
+        if at < 0:
+            raise FlashTrap("block %d offset %d: below the storage, the board would reach its own firmware" % (n, off))
+        if at + length > self._size:
+            raise FlashTrap("block %d offset %d: past the end of the flash, the board would freeze" % (n, off))
+        return self._start + at
