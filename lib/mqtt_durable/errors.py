@@ -1,0 +1,67 @@
+"""Every exception this package raises, one cause each.
+
+Imported by all modules and imports nothing.  A bad argument is a plain ValueError and a network failure is the
+platform's own OSError; only what has no built-in name is here.
+"""
+
+
+class MQTTError(Exception):
+    """Base of the errors that have to do with the broker or with the stored session."""
+
+
+class ProtocolError(MQTTError):
+    """The broker sent what MQTT does not allow.  The connection ends and is made again; nothing stored is lost."""
+
+
+class ConnectRefused(MQTTError):
+    """CONNACK carried a return code other than 0 (MQTT 3.1.1 section 3.2.2.3).
+
+    .return_code: 1-5, or what the broker sent.
+    """
+
+    def __init__(self, return_code):
+        self.return_code = return_code
+        super().__init__(
+            "broker refused the connection: "
+            + {
+                1: "it does not speak MQTT 3.1.1",
+                2: "it does not accept the client_id",
+                3: "it is unavailable",
+                4: "bad user name or password",
+                5: "not authorised",
+            }.get(return_code, "return code %d" % return_code)
+        )
+
+
+class SubscribeRefused(MQTTError):
+    """SUBACK carried 0x80 for a topic filter (MQTT 3.1.1 section 3.9.3).  The argument is the filter."""
+
+
+class JournalFull(MQTTError):
+    """No room for one more record.  What is stored stays stored; the refused message is not.
+
+    Room comes back as the broker acknowledges.
+    """
+
+
+class JournalCorrupt(MQTTError):
+    """A stored record no longer passes its checksum when it is read back.
+
+    The argument is where it stands.  Every other record is still safe.
+    """
+
+
+class JournalUnavailable(MQTTError):
+    """No flash for the journal could be found or used.  The argument says what was looked for and what to do."""
+
+
+class MessageDropped(MQTTError):
+    """The awaited message was dropped unsent, to make room: journal.when_full is "drop_oldest"."""
+
+
+class ConfigError(MQTTError):
+    """The configuration has mistakes.  .problems: one line each, with key path, what was found, what was expected."""
+
+    def __init__(self, problems):
+        self.problems = problems
+        super().__init__("; ".join(problems))

@@ -1,0 +1,377 @@
+"""MQTT 3.1.1 on the wire: bytes <-> fields.  Knows no state and does no I/O; nothing here survives power loss.
+
+put_ functions fill a caller's buffer and return the next offset; encode_ functions make new bytes, for packets that
+are sent once a connection.  Decoder cuts the byte stream from the broker into packets, whatever pieces it comes in.
+All lengths are in bytes, all integers big endian (MQTT 3.1.1 section 1.5).
+"""
+
+from micropython import const
+
+from .errors import ProtocolError
+
+CONNACK = const(2)
+PUBLISH = const(3)
+PUBACK = const(4)
+PUBREC = const(5)
+PUBREL = const(6)
+PUBCOMP = const(7)
+SUBACK = const(9)
+UNSUBACK = const(11)
+PINGRESP = const(13)
+
+PINGREQ_BYTES = b"\xc0\x00"
+DISCONNECT_BYTES = b"\xe0\x00"
+
+# Remaining length and flags a packet of this type must have when it comes from a server; -1: checked by its parser.
+_FIXED = {CONNACK: 2, PUBACK: 2, PUBREC: 2, PUBREL: 2, PUBCOMP: 2, UNSUBACK: 2, PINGRESP: 0, PUBLISH: -1, SUBACK: -1}
+
+
+def utf8(data):
+    """Return data (bytes-like) as str; ValueError if it is not the UTF-8 of MQTT [MQTT-1.5.3-1, -2].
+
+    MicroPython's own decoder lets surrogates, overlong forms and U+0000 pass.
+    """
+    try:
+        text = str(data, "utf-8")
+    except UnicodeError:
+        raise ValueError("not UTF-8")
+    if "\0" in text:
+        raise ValueError("U+0000 in text")
+    if len(text) != len(data):  # not plain ASCII
+        n = 0
+        for char in text:
+            c = ord(char)
+            if 0xD800 <= c < 0xE000 or c > 0x10FFFF:
+                raise ValueError("not a character")
+            n += 1 if c < 0x80 else 2 if c < 0x800 else 3 if c < 0x10000 else 4
+        if n != len(data):
+            raise ValueError("overlong UTF-8")
+    return text
+
+
+def _text(value, what):
+    """Return value (str or bytes) as checked UTF-8 bytes of at most 65535; ValueError names what."""
+    data = value.encode() if isinstance(value, str) else value
+    try:
+        utf8(data)
+    except ValueError as e:
+        raise ValueError("%s: %s" % (what, e))
+    if len(data) > 65535:
+        raise ValueError("%s: longer than 65535 bytes" % what)
+    return data
+
+
+def check_topic(topic_name):
+    """Return topic_name (str or bytes) as UTF-8 bytes.
+
+    Raises ValueError if it is empty, longer than 65535 bytes, ill-formed or holds a wildcard.
+    MQTT 3.1.1 section 4.7 [MQTT-4.7.1-1, 4.7.3-1 to -3, 3.3.2-2].
+    """
+    data = _text(topic_name, "topic name")
+    if not data:
+        raise ValueError("topic name: empty")
+    if b"+" in data or b"#" in data:
+        raise ValueError("topic name: a wildcard belongs in a topic filter")
+    return data
+
+
+def check_filter(topic_filter):
+    """Return topic_filter (str or bytes) as UTF-8 bytes.
+
+    Raises ValueError if it is empty, longer than 65535 bytes, ill-formed or has a misplaced wildcard.
+    MQTT 3.1.1 section 4.7.1 [MQTT-4.7.1-2, -3].
+    """
+    data = _text(topic_filter, "topic filter")
+    if not data:
+        raise ValueError("topic filter: empty")
+    levels = data.split(b"/")
+    for i, level in enumerate(levels):
+        if b"#" in level and (level != b"#" or i + 1 != len(levels)):
+            raise ValueError("topic filter: # must be a whole level and the last one")
+        if b"+" in level and level != b"+":
+            raise ValueError("topic filter: + must be a whole level")
+    return data
+
+
+def matches(topic_filter, topic_name):
+    """True if topic_name matches topic_filter, both valid and both str (MQTT 3.1.1 section 4.7)."""
+    if topic_filter == topic_name:
+        return True
+    if topic_name.startswith("$") and topic_filter[0] in "+#":
+        return False  # [MQTT-4.7.2-1]
+    want = topic_filter.split("/")
+    have = topic_name.split("/")
+    for i, level in enumerate(want):
+        if level == "#":
+            return True
+        if i == len(have) or level not in ("+", have[i]):
+            return False
+        if i + 1 == len(have) and want[i + 1 :] == ["#"]:
+            return True  # "a/#" matches "a"
+    return len(want) == len(have)
+
+
+def remaining_length_size(length):
+    """Bytes that the remaining length field takes for a remaining length of length bytes: 1-4."""
+    return 1 if length < 128 else 2 if length < 16384 else 3 if length < 2097152 else 4
+
+
+def put_fixed_header(buf, off, first, remaining_length):
+    """Write a fixed header, first byte as given; return the next offset.  2-5 bytes.  MQTT 3.1.1 section 2.2."""
+    buf[off] = first
+    off += 1
+    while remaining_length > 127:
+        buf[off] = remaining_length & 127 | 128
+        off += 1
+        remaining_length >>= 7
+    buf[off] = remaining_length
+    return off + 1
+
+
+def put_ack(buf, off, packet_type, packet_id):
+    """Write a PUBACK, PUBREC, PUBREL or PUBCOMP, 4 bytes; return the next offset.  Sections 3.4-3.7."""
+    buf[off] = packet_type << 4 | (2 if packet_type == PUBREL else 0)  # [MQTT-3.6.1-1]
+    buf[off + 1] = 2
+    buf[off + 2] = packet_id >> 8
+    buf[off + 3] = packet_id & 255
+    return off + 4
+
+
+def _field(data):
+    """A length-prefixed field."""
+    return bytes((len(data) >> 8, len(data) & 255)) + data
+
+
+def _packet(first, body):
+    head = bytearray(5)
+    return bytes(head[: put_fixed_header(head, 0, first, len(body))]) + body
+
+
+def encode_connect(client_id, clean_session, keep_alive_s, username=None, password=None, will=None):
+    """Return a CONNECT.  MQTT 3.1.1 section 3.1.
+
+    client_id: str or bytes, empty only with clean_session.  keep_alive_s: 0-65535, 0 is off.
+    will: None or (topic_name, payload, qos, retain).  Raises ValueError for a bad argument.
+    """
+    client_id = _text(client_id, "client_id")
+    if not client_id and not clean_session:
+        raise ValueError("client_id: empty needs a clean session")  # [MQTT-3.1.3-7]
+    if not 0 <= keep_alive_s <= 65535:
+        raise ValueError("keep_alive_s: not within 0-65535")
+    if password is not None and username is None:
+        raise ValueError("password: needs a username")  # [MQTT-3.1.2-22]
+    flags = 2 if clean_session else 0
+    body = _field(client_id)
+    if will is not None:
+        topic_name, payload, qos, retain = will
+        payload = payload.encode() if isinstance(payload, str) else payload
+        if qos not in (0, 1, 2):
+            raise ValueError("will qos: not 0, 1 or 2")
+        if len(payload) > 65535:
+            raise ValueError("will payload: longer than 65535 bytes")
+        flags |= 4 | qos << 3 | (32 if retain else 0)
+        body += _field(check_topic(topic_name)) + _field(payload)
+    if username is not None:
+        flags |= 128
+        body += _field(_text(username, "username"))
+    if password is not None:
+        password = password.encode() if isinstance(password, str) else password
+        if len(password) > 65535:
+            raise ValueError("password: longer than 65535 bytes")
+        flags |= 64
+        body += _field(password)
+    return _packet(16, b"\x00\x04MQTT\x04" + bytes((flags, keep_alive_s >> 8, keep_alive_s & 255)) + body)
+
+
+def encode_publish(topic_name, payload, retain=False):
+    """Return a whole QoS 0 PUBLISH.  topic_name: checked UTF-8 bytes.  MQTT 3.1.1 section 3.3."""
+    return _packet(0x31 if retain else 0x30, _field(topic_name) + payload)
+
+
+def encode_subscribe(packet_id, topic_filter, qos):
+    """Return a SUBSCRIBE for one filter (checked UTF-8 bytes) at qos 0-2.  MQTT 3.1.1 section 3.8."""
+    return _packet(0x82, bytes((packet_id >> 8, packet_id & 255)) + _field(topic_filter) + bytes((qos,)))
+
+
+def encode_unsubscribe(packet_id, topic_filter):
+    """Return an UNSUBSCRIBE for one filter (checked UTF-8 bytes).  MQTT 3.1.1 section 3.10."""
+    return _packet(0xA2, bytes((packet_id >> 8, packet_id & 255)) + _field(topic_filter))
+
+
+class Decoder:
+    """Cuts the stream from a broker into packets, in one buffer that is used again and again.
+
+    Read from the socket into space(), tell fed(n), then call next() until it returns 0.  What next() leaves in the
+    fields below is valid until the next call of space() or next().
+
+    size: bytes of the buffer.  limit: the largest packet taken whole, in bytes; the buffer grows to such a packet and
+    shrinks again.  A larger PUBLISH is announced with .payload None and its bytes are passed over as they come, so
+    that it can be acknowledged and does not come back for ever; any other larger packet is a ProtocolError.
+    """
+
+    def __init__(self, size=512, limit=4096):
+        self._size = size
+        self._limit = limit
+        self.reset()
+
+    def reset(self):
+        """Forget all bytes: a new connection begins."""
+        self._buf = memoryview(bytearray(self._size))
+        self._start = self._end = self._skip = 0
+        self.type = 0  # packet type, 2-13
+        self.flags = 0  # low nibble of the first byte
+        self.packet_id = 0
+        self.topic = ""
+        self.payload = None  # memoryview into the buffer (PUBLISH; SUBACK: the return codes)
+        self.session_present = False
+        self.return_code = 0
+
+    @property
+    def qos(self):
+        return self.flags >> 1 & 3
+
+    def space(self):
+        """The free part of the buffer, at least one byte, to be read into."""
+        buf = self._buf
+        if self._start == self._end:
+            self._start = self._end = 0
+            if len(buf) > self._size:  # grown for one large packet
+                buf = self._buf = memoryview(bytearray(self._size))
+        elif self._end == len(buf):
+            n = self._end - self._start
+            buf[:n] = bytes(buf[self._start : self._end])
+            self._start = 0
+            self._end = n
+        return buf[self._end :]
+
+    def fed(self, n):
+        """n bytes have been read into space()."""
+        self._end += n
+
+    def next(self):
+        """Return the type of the next whole packet, or 0 when more bytes are needed.
+
+        Raises ProtocolError for what no MQTT 3.1.1 server may send; the connection is then of no more use.
+        """
+        buf = self._buf
+        at = self._start
+        end = self._end
+        if self._skip:
+            n = min(self._skip, end - at)
+            self._skip -= n
+            self._start = at = at + n
+            if self._skip:
+                return 0
+        if end - at < 2:
+            return 0
+        first = buf[at]
+        kind = first >> 4
+        fixed = _FIXED.get(kind)
+        if fixed is None:
+            raise ProtocolError("packet type %d from a server" % kind)
+        if kind != PUBLISH and first & 15 != (2 if kind == PUBREL else 0):  # [MQTT-2.2.2-2]
+            raise ProtocolError("flags %d in packet type %d" % (first & 15, kind))
+        i = at + 1
+        length = buf[i]
+        i += 1
+        if length > 127:
+            length &= 127
+            shift = 7
+            while True:
+                if shift > 21:
+                    raise ProtocolError("remaining length longer than 4 bytes")
+                if i == end:
+                    return 0
+                byte = buf[i]
+                i += 1
+                length |= (byte & 127) << shift
+                if byte < 128:
+                    break
+                shift += 7
+        if fixed >= 0 and length != fixed:
+            raise ProtocolError("remaining length %d in packet type %d" % (length, kind))
+        total = i - at + length
+        if total > self._limit:
+            if kind != PUBLISH:
+                raise ProtocolError("packet of %d bytes" % total)
+            return self._oversize(first, i, length, total)
+        if end - at < total:
+            if total > len(buf):
+                grown = memoryview(bytearray(total))
+                grown[: end - at] = buf[at:end]
+                self._buf = grown
+                self._start = 0
+                self._end = end - at
+            return 0
+        stop = i + length
+        self._start = stop
+        self.type = kind
+        self.flags = first & 15
+        if kind == PUBLISH:
+            self.payload = buf[self._publish_head(i, stop) : stop]
+        elif kind == CONNACK:
+            self.return_code = buf[i + 1]
+            self.session_present = buf[i] == 1
+            if buf[i] > 1 or (buf[i] and self.return_code):  # [MQTT-3.2.2-4]
+                raise ProtocolError("CONNACK flags %d with return code %d" % (buf[i], self.return_code))
+        elif kind != PINGRESP:
+            if length < 2:
+                raise ProtocolError("packet type %d without a packet identifier" % kind)
+            self.packet_id = buf[i] << 8 | buf[i + 1]
+            if not self.packet_id:
+                raise ProtocolError("packet identifier 0")
+            if kind == SUBACK:
+                self.payload = buf[i + 2 : stop]
+                if length < 3:
+                    raise ProtocolError("SUBACK without a return code")
+                for code in self.payload:
+                    if code > 2 and code != 128:  # [MQTT-3.9.3-2]
+                        raise ProtocolError("SUBACK return code %d" % code)
+        return kind
+
+    def _publish_head(self, i, stop):
+        """Parse topic name and packet identifier at i; return the offset of the payload."""
+        buf = self._buf
+        if i + 2 > stop:
+            raise ProtocolError("PUBLISH without a topic name")
+        n = buf[i] << 8 | buf[i + 1]
+        i += 2
+        if self.flags & 6 == 6:
+            raise ProtocolError("PUBLISH with QoS 3")  # [MQTT-3.3.1-4]
+        if self.flags & 14 == 8:
+            raise ProtocolError("PUBLISH with DUP and QoS 0")  # [MQTT-3.3.1-2]
+        head = n + (2 if self.flags & 6 else 0)
+        if not n or i + head > stop:
+            raise ProtocolError("PUBLISH with a topic name of %d bytes" % n)
+        try:
+            self.topic = utf8(buf[i : i + n])
+        except ValueError as e:
+            raise ProtocolError("PUBLISH topic name: %s" % e)
+        if "+" in self.topic or "#" in self.topic:
+            raise ProtocolError("PUBLISH with a wildcard in its topic name")
+        i += n
+        self.packet_id = 0
+        if self.flags & 6:
+            self.packet_id = buf[i] << 8 | buf[i + 1]
+            if not self.packet_id:
+                raise ProtocolError("packet identifier 0")  # [MQTT-2.3.1-1]
+            i += 2
+        return i
+
+    def _oversize(self, first, i, length, total):
+        """A PUBLISH over the limit: announce it as soon as its head is here, pass over the rest."""
+        self.flags = first & 15
+        if self._end - i < 2:
+            return 0
+        head = 2 + (self._buf[i] << 8 | self._buf[i + 1]) + 2
+        if i - self._start + head > min(self._limit, self._size):
+            raise ProtocolError("PUBLISH with a head of %d bytes" % head)
+        if self._end - i < min(head, length):
+            return 0
+        self._publish_head(i, i + length)
+        self.type = PUBLISH
+        self.payload = None
+        n = min(total, self._end - self._start)
+        self._start += n
+        self._skip = total - n
+        return PUBLISH
