@@ -1,0 +1,154 @@
+"""The client's half of an MQTT session: packet identifiers and the state of every QoS 1 and 2 message.
+
+Events in, actions out; knows no socket, clock or flash.  Where a message is stored is a number the caller hands in and
+gets back.  Nothing here survives power loss by itself: the store records what must.
+MQTT 3.1.1 sections 2.3.1, 4.3, 4.4 and 4.6.
+"""
+
+from micropython import const
+
+from .errors import JournalFull, ProtocolError
+from .packet import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL
+
+# States of a message.  Outbound, ours to finish:
+PUB1 = const(1)  # QoS 1 PUBLISH, waits for PUBACK
+PUB2 = const(2)  # QoS 2 PUBLISH, waits for PUBREC
+REL = const(3)  # PUBREL, waits for PUBCOMP
+# Inbound QoS 2:
+HELD = const(4)  # the handler has had it, waits for PUBREL
+
+# What must be recorded, before the answer goes out (DONE: whenever convenient, losing it only repeats a message).
+DONE = const(1)
+RELEASED = const(2)
+RECEIVED = const(3)
+INDONE = const(4)
+
+# state << 4 | packet: next state << 8 | record << 4 | answer.  State 0: no such message.
+TRANSITIONS = {
+    PUB1 << 4 | PUBACK: DONE << 4,
+    PUB2 << 4 | PUBREC: REL << 8 | RELEASED << 4 | PUBREL,
+    REL << 4 | PUBREC: REL << 8 | PUBREL,
+    REL << 4 | PUBCOMP: DONE << 4,
+    PUBREC: PUBREL,  # unknown here: let the broker finish it
+    HELD << 4 | PUBLISH: HELD << 8 | PUBREC,  # the packet identifier alone tells a duplicate
+    HELD << 4 | PUBREL: INDONE << 4 | PUBCOMP,
+    PUBREL: PUBCOMP,
+    # Late answers to what is long forgotten: counted, never acted upon.
+    PUBACK: 0,
+    PUBCOMP: 0,
+    PUB1 << 4 | PUBCOMP: PUB1 << 8,
+    PUB2 << 4 | PUBCOMP: PUB2 << 8,
+}
+
+_IDS = const(65535)
+_AHEAD = const(1024)  # identifiers always free ahead of the newest, so that old and new are never mistaken
+_MOST_INBOUND = const(256)  # unfinished messages a broker may have with us
+
+
+class Session:
+    """in_flight: most PUBLISHes that wait for their end at a time, 1-64 (MQTT 5: the broker may lower .limit)."""
+
+    def __init__(self, in_flight):
+        self.limit = in_flight
+        self.clear()
+
+    def clear(self):
+        """Forget everything, as on a device that has never been used."""
+        self.newest = 0  # packet identifier given out last
+        self.out = {}  # packet identifier -> where << 2 | state, of messages in the window
+        self.held = {}  # inbound QoS 2: packet identifier -> where, until PUBREL
+        self.busy = set()  # inbound: delivered, the handler has not returned
+        self.requests = set()  # identifiers of SUBSCRIBE and UNSUBSCRIBE under way: the same space
+        self.epoch = 0  # which session at the broker; handlers finish in the one they began in
+        self.unknown = 0  # acknowledgements of nothing
+
+    def new_id(self):
+        """Return the next free packet identifier, 1-65535 [MQTT-2.3.1-1, -2].
+
+        Raises JournalFull when an unacknowledged message is nearly a whole round of identifiers old.
+        """
+        packet_id = self.newest
+        while True:
+            packet_id = packet_id % _IDS + 1
+            if not packet_id & 511:
+                for old in self.out:
+                    if 0 < self.ahead(old, packet_id) < _AHEAD:
+                        raise JournalFull("no free packet identifier: message %d was never acknowledged" % old)
+            if packet_id not in self.requests and packet_id not in self.out:
+                self.newest = packet_id
+                return packet_id
+
+    def request_id(self):
+        """Return a free packet identifier for a SUBSCRIBE or UNSUBSCRIBE; it stays taken while in .requests."""
+        packet_id = self.newest
+        while True:
+            packet_id = packet_id % _IDS + 1
+            if packet_id not in self.requests and packet_id not in self.out:
+                self.requests.add(packet_id)
+                return packet_id
+
+    def ahead(self, packet_id, other):
+        """How many identifiers packet_id is ahead of other, 0-65534."""
+        return (packet_id - other) % _IDS
+
+    def is_new(self, packet_id):
+        """Whether packet_id was given out after the newest known here, when events are replayed."""
+        return 0 < (packet_id - self.newest) % _IDS < _AHEAD
+
+    def order(self):
+        """The identifiers in the window, newest first: the reverse of the order of their PUBLISHes [MQTT-4.6.0-1]."""
+        return sorted(self.out, key=lambda packet_id: (self.newest - packet_id) % _IDS)
+
+    def acknowledged(self, packet, packet_id):
+        """A PUBACK, PUBREC, PUBCOMP or PUBREL came: return record << 4 | answer.
+
+        Raises ProtocolError if the packet is none that this message can get.
+        """
+        if packet == PUBREL:
+            state = HELD if packet_id in self.held else 0
+        else:
+            where = self.out.get(packet_id, 0)
+            state = where & 3
+        rule = TRANSITIONS.get(state << 4 | packet)
+        if rule is None:
+            raise ProtocolError("packet type %d for message %d in state %d" % (packet, packet_id, state))
+        if packet == PUBREL:
+            if state:
+                del self.held[packet_id]
+        elif rule >> 4 & 15 == DONE:
+            del self.out[packet_id]
+        elif rule >> 8 == REL:
+            self.out[packet_id] = where & ~3 | REL
+        if not rule & 255 or not state:
+            self.unknown += 1
+        return rule & 255
+
+    def incoming(self, qos, packet_id):
+        """A QoS 1 or 2 PUBLISH came: return 0 to deliver it, else it is a duplicate to be answered with that packet
+        (-1: not now, the handler still has it).  Raises ProtocolError beyond 256 unfinished messages."""
+        if packet_id in self.busy:
+            return -1
+        if qos == 2 and packet_id in self.held:
+            return TRANSITIONS[HELD << 4 | PUBLISH] & 15
+        if len(self.busy) + len(self.held) >= _MOST_INBOUND:
+            raise ProtocolError("more than %d unfinished messages" % _MOST_INBOUND)
+        self.busy.add(packet_id)
+        return 0
+
+    def handled(self, qos, packet_id, epoch):
+        """The handler has returned: return record << 4 | answer, 0 if that session is over."""
+        if epoch != self.epoch:
+            return 0
+        self.busy.discard(packet_id)
+        if qos == 1:
+            return PUBACK
+        self.held[packet_id] = -1
+        return RECEIVED << 4 | PUBREC
+
+    def renew(self):
+        """The broker has no session (any more): what is not yet its own is to be sent as new, the rest is over."""
+        for packet_id in [p for p in self.out if self.out[p] & 3 == REL]:
+            del self.out[packet_id]
+        self.held.clear()
+        self.busy.clear()
+        self.epoch += 1
