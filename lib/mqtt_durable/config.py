@@ -1,0 +1,266 @@
+"""The device's configuration: config.json read, checked and completed.
+
+Owns the table of keys with their defaults and limits, and the words for each mistake.  Refuses to know what the values
+are used for.  A problem line says key path, what was found, what was expected; it never shows a password, nor the value
+of a key or section it does not know, which may be a misplaced one.
+
+    config = load()                     # config.json -> dict with every key, or ConfigError with .problems
+    config = complete({"broker": ...})  # the same for a dict made by a program
+    problems = check({"broker": ...})   # only the lines
+"""
+
+import json
+
+from .errors import ConfigError
+from .packet import check_filter, check_topic
+
+# Section, may it be null, rows of (key, default, kind, lower limit, upper limit).  A default of ...: there is none.
+# A value may be null when its default is.  One constant: frozen or in .mpy it costs no heap to build.
+_TABLE = (
+    ("wifi", True, (
+        ("ssid", ..., "text", 1, 32),
+        ("password", None, "secret", 8, 64),
+        ("country", "DE", "country", 2, 2),
+    )),
+    ("broker", False, (
+        ("host", ..., "host", 1, 253),
+        ("port", 1883, "number", 1, 65535),
+        ("username", None, "text", 0, 65535),
+        ("password", None, "secret", 0, 65535),
+        ("keep_alive_s", 60, "number", 0, 65535),
+    )),
+    ("", False, (("client_id", "auto", "text", 1, 128),)),
+    ("session", False, (
+        ("clean", False, "flag", 0, 1),
+        ("in_flight", 16, "number", 1, 64),
+    )),
+    ("journal", False, (
+        ("home", "auto", "home", 0, 0),
+        ("size_kib", 64, "sectors", 16, 16384),
+        ("when_full", "raise", "full", 0, 0),
+    )),
+    ("telemetry", True, (
+        ("topic", "devices/{client_id}/telemetry", "topic_name", 1, 65535),
+        ("every_s", 60, "number", 1, 86400),
+        ("qos", 1, "number", 0, 2),
+    )),
+    ("commands", True, (
+        ("topic", "devices/{client_id}/commands/#", "topic_filter", 1, 65535),
+        ("qos", 2, "number", 0, 2),
+    )),
+)  # fmt: skip
+
+_EXPECTED = {
+    "text": "a text of %d-%d bytes",
+    "secret": "a text of %d-%d bytes",
+    "country": 'two capital letters, such as "DE"',
+    "host": "a host name or an address, without mqtt://, port and path",
+    "number": "a whole number %d-%d",
+    "sectors": "a multiple of 4, %d-%d",
+    "flag": "true or false",
+    "home": '"auto", "partition:LABEL", "file:PATH" or "ram"',
+    "full": '"raise", "wait" or "drop_oldest"',
+    "topic_name": "a topic without + and #",
+    "topic_filter": "a topic filter: + alone in its level, # alone in the last one",
+}
+
+_NOT_AUTO = 'client_id: found "auto", expected a text of 1-128 bytes, because this machine has no machine.unique_id()'
+
+
+def load(path="config.json"):
+    """Read the file at path; return the configuration as a dict that has every key.
+
+    Raises ConfigError with one line per mistake in .problems.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        if error.errno == 2:  # ENOENT
+            raise ConfigError([path + ": not found; copy firmware/config.example.json to it and edit it"])
+        raise ConfigError(["%s: cannot be read: %s" % (path, error)])
+    with file:
+        start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # some editors put a byte order mark in front
+        file.seek(start)
+        try:
+            config = json.load(file)
+        except ValueError as error:
+            raise ConfigError(["%s: line %d: found something that is not JSON" % (path, _line(file, error))])
+    return complete(config)
+
+
+def complete(config):
+    """Return a new dict: config with every default filled in.  Raises ConfigError with one line per mistake."""
+    filled, problems = _walk(config)
+    if problems:
+        raise ConfigError(problems)
+    return filled
+
+
+def check(config):
+    """Return the list of problem lines of a configuration, empty when it is right."""
+    return _walk(config)[1]
+
+
+def client_id(config):
+    """Return the client identifier: as configured, or for "auto" one made of the board's own number.
+
+    The same after every reboot, as a stored session needs it; at most 23 bytes when made here (MQTT 3.1.1 section
+    3.1.3.1: what every broker accepts).  Raises ConfigError for "auto" where there is no such number: a random one
+    would leave the session and its messages behind at the broker.
+    """
+    if config["client_id"] != "auto":
+        return config["client_id"]
+    unique_id = _unique_id()
+    if unique_id is None:
+        raise ConfigError([_NOT_AUTO])
+    return "mqj-" + "".join(["%02x" % byte for byte in unique_id[-9:]])
+
+
+def _unique_id():
+    try:
+        from machine import unique_id
+    except ImportError:
+        return None
+    return unique_id()
+
+
+def _line(file, error):
+    """Return the number of the line at which json gave up."""
+    if hasattr(error, "lineno"):
+        return error.lineno
+    # MicroPython's error carries no position, but its reader takes one byte at a time and is one byte ahead.
+    end = file.tell()
+    file.seek(0)
+    return 1 + file.read(max(0, end - 1)).count(b"\n")
+
+
+def _walk(config):
+    """Return (config completed, problem lines)."""
+    problems = []
+    filled = {}
+    if type(config) is not dict:
+        return filled, ["config: found %s, expected an object" % _kind(config)]
+    names = [section or rows[0][0] for section, _, rows in _TABLE]
+    _refuse_unknown(config, "", names, problems)
+    for section, null_ok, rows in _TABLE:
+        given = config.get(section, {}) if section else config
+        if given is None and null_ok:
+            filled[section] = None
+            continue
+        if type(given) is not dict:
+            # The kind only: whoever writes "wifi": "..." may have written the password there.
+            null = "null or " if null_ok else ""
+            problems.append("%s: found %s, expected %san object" % (section, _kind(given), null))
+            continue
+        target = filled
+        prefix = ""
+        if section:
+            target = filled[section] = {}
+            prefix = section + "."
+            _refuse_unknown(given, prefix, [row[0] for row in rows], problems)
+        for key, default, kind, low, high in rows:
+            value = target[key] = given.get(key, default)
+            if value is ...:
+                _note(problems, prefix + key, "nothing", kind, low, high, False)
+                if section == "wifi" and "wifi" not in config:
+                    problems[-1] += '; or "wifi": null where the network is up without it'
+            elif not (value is None and default is None) and not _fits(value, kind, low, high):
+                found = _kind(value) if kind == "secret" else _shown(value)
+                _note(problems, prefix + key, found, kind, low, high, default is None)
+    if not problems:
+        _check_together(filled, problems)
+    return filled, problems
+
+
+def _check_together(config, problems):
+    """Add what is wrong only in combination; every value by itself is known to be right."""
+    broker = config["broker"]
+    if broker["password"] is not None and broker["username"] is None:
+        # [MQTT-3.1.2-22]
+        problems.append("broker.username: found null, expected a text, because broker.password is set")
+    name = config["client_id"]
+    if name == "auto":
+        if _unique_id() is None:
+            problems.append(_NOT_AUTO)
+    elif "+" in name or "#" in name:
+        for section in ("telemetry", "commands"):
+            if config[section] and "{client_id}" in config[section]["topic"]:
+                line = "client_id: found %s, expected no + and no #, because %s.topic holds {client_id}"
+                problems.append(line % (_shown(name), section))
+
+
+def _refuse_unknown(given, prefix, names, problems):
+    for key in sorted(given):
+        if key not in names:
+            near = [name for name in names if _plain(name) == _plain(key)]
+            expected = '"%s"' % near[0] if near else "one of " + ", ".join(names)
+            problems.append("%s%s: found an unknown key, expected %s" % (prefix, key, expected))
+
+
+def _plain(key):
+    return key.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def _note(problems, path, found, kind, low, high, null_ok):
+    expected = _EXPECTED[kind]
+    if "%d" in expected:
+        expected = expected % (low, high)
+    problems.append("%s: found %s, expected %s%s" % (path, found, "null or " if null_ok else "", expected))
+
+
+def _fits(value, kind, low, high):
+    """True when value is of its kind and within its limits."""
+    if kind == "flag":
+        return value is True or value is False
+    if kind == "number" or kind == "sectors":
+        # type() and not isinstance(): true is no number here.
+        return type(value) is int and low <= value <= high and (kind == "number" or value % 4 == 0)
+    if type(value) is not str or "\0" in value:  # [MQTT-1.5.3-2]
+        return False
+    if kind == "full":
+        return value in ("raise", "wait", "drop_oldest")
+    if kind == "home":
+        name, colon, rest = value.partition(":")
+        if not colon:
+            return name == "auto" or name == "ram"
+        # 16: the room for a label in the ESP32's partition table.
+        return (name == "partition" and 1 <= len(rest) <= 16) or (name == "file" and len(rest) > 0)
+    try:
+        size = len(value.encode())
+    except ValueError:  # half of a surrogate pair, from a \u escape
+        return False
+    if not low <= size <= high:
+        return False
+    if kind == "country":
+        return "A" <= value[0] <= "Z" and "A" <= value[1] <= "Z"
+    if kind == "host":
+        return not (" " in value or "/" in value or "@" in value or value.count(":") == 1)
+    try:
+        if kind == "topic_name":
+            check_topic(value)
+        elif kind == "topic_filter":
+            check_filter(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _kind(value):
+    """Name the JSON kind of a value without showing it."""
+    if value is None:
+        return "null"
+    if type(value) is bool:
+        return "true" if value else "false"
+    if type(value) is str:
+        return "a text of %d characters" % len(value)
+    return "a list" if type(value) is list else "an object" if type(value) is dict else "a number"
+
+
+def _shown(value):
+    """Show a value in one short line; a list, an object and what may hold user:password@host only by its kind."""
+    if type(value) is str:
+        if "@" in value:
+            return _kind(value)
+        value = "".join([c if c >= " " else "?" for c in value])
+        return '"%s"' % (value if len(value) <= 40 else value[:40] + "...")
+    return str(value) if type(value) in (int, float) else _kind(value)
