@@ -1,0 +1,706 @@
+"""The asyncio front end: connection, reconnection, keep-alive, dispatch to the program's handlers.
+
+One task reads, one writes, one keeps the connection up, one runs the program's handlers; none of the first two ever
+runs the program's code.  What must survive power loss is the store's, and is recorded before publish() returns.
+"""
+
+import asyncio
+import errno
+import sys
+import time
+from collections import deque
+from random import getrandbits
+
+from micropython import const
+
+from .config import client_id as configured_client_id
+from .errors import ConnectRefused, JournalFull, MessageDropped, ProtocolError, MQTTError, SubscribeRefused
+from .flash import open_home
+from .journal import Journal
+from .packet import (
+    CONNACK,
+    DISCONNECT_BYTES,
+    PINGREQ_BYTES,
+    PINGRESP,
+    PUBLISH,
+    SUBACK,
+    UNSUBACK,
+    check_filter,
+    check_topic,
+    encode_connect,
+    encode_publish,
+    encode_subscribe,
+    encode_unsubscribe,
+    matches,
+    utf8,
+    Decoder,
+)
+from .store import Store, identity
+from .transport import dial
+
+_SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
+_RECEIVE_BYTES = const(768)
+_INBOX = const(16)  # messages received that wait for their handler
+_OUTBOX = const(8)  # QoS 0 messages that wait for the writer
+_PULSE_MS = const(1000)
+
+
+class Message:
+    """A message received.
+
+    .topic (str), .payload (bytes), .qos, .retain, .dup.  .token: at QoS 2 a number, else None.  If power fails after
+    the handler took effect but before that was recorded, the same message comes again with the same token.
+    """
+
+    def __init__(self, decoder):
+        self.topic = decoder.topic
+        self.payload = bytes(decoder.payload)
+        self.qos = decoder.qos
+        self.retain = bool(decoder.flags & 1)
+        self.dup = bool(decoder.flags & 8)
+        self.token = None
+        self._packet_id = decoder.packet_id
+        self._epoch = 0
+
+
+class Client:
+    """An MQTT 3.1.1 client whose QoS 1 and 2 messages survive power loss.
+
+    config: a dict as config.load() returns.  device: a block device for the journal in place of
+    config["journal"]["home"].  prog_size: its program size in bytes.  link: what brings the network up before each
+    connection, `await link.up()`; OSError there counts as a failed attempt.  will: (topic, payload, qos, retain).
+    backoff_ms: first and longest pause between attempts; each pause is drawn from its upper half.
+    answer_ms: the broker must answer CONNECT and PINGREQ within this.
+    limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
+
+    The journal is mounted here, so .mark is known at once.  Raises JournalUnavailable, ValueError, OSError (flash).
+    """
+
+    def __init__(
+        self,
+        config,
+        device=None,
+        link=None,
+        will=None,
+        prog_size=4,
+        backoff_ms=(1000, 60000),
+        answer_ms=10000,
+        limit_bytes=4096,
+    ):
+        broker = config["broker"]
+        journal = config["journal"]
+        session = config["session"]
+        self.client_id = configured_client_id(config)
+        self._broker = broker
+        self._clean = session["clean"]
+        self._identity = identity(self.client_id, broker["host"], broker["port"])
+        self._waits = journal["when_full"] == "wait"
+        self._will = will
+        self._link = link
+        self._backoff_ms = backoff_ms
+        self._answer_ms = answer_ms
+        self._connect_packet(True)  # a bad argument shows here, not in the field
+        size = None
+        if device is None:
+            device, prog_size, size = open_home(journal["home"], journal["size_kib"] * 1024)
+        self.store = Store(
+            Journal(device, prog_size, size), session["in_flight"], journal["when_full"], self._on_finished
+        )
+        self.store.open()
+
+        self.connected = False
+        self.session_present = False
+        self.last_error = None  # what ended the last connection or attempt
+        self.on_connect = None  # called with session_present after each CONNACK
+        self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
+        self._send = memoryview(bytearray(_SEND_BYTES))
+        self._stream = None
+        self._run_task = None
+        self._down = asyncio.Event()  # the connection has failed
+        self._wake = asyncio.Event()  # the writer has something to do
+        self._sent = asyncio.Event()  # the writer has made room
+        self._progress = asyncio.Event()  # messages were acknowledged
+        self._arrived = asyncio.Event()  # for the dispatcher
+        self._accepted = asyncio.Event()  # by the dispatcher
+        self._said = asyncio.Event()  # DISCONNECT has gone out
+        self._leaving = False
+        self._attempt = 0
+        self._last_sent = self._last_received = 0
+        self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
+        self._outbox = []
+        self._inbox = deque((), _INBOX)
+        self._handlers = []
+        self._wanted = {}  # topic filter -> QoS, of every subscription the program has asked for
+        self._requests = []
+        self._waiters = {}  # packet identifier -> _Waiter
+        self.messages = _Messages(self)
+        self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
+        self.protocol_errors = 0
+
+    # -- life
+
+    async def __aenter__(self):
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.close()
+
+    async def start(self):
+        """Begin to connect, and to stay connected.  Returns at once; publish() works from here on, connected or not."""
+        if self._run_task is None:
+            self._leaving = False
+            self._said.clear()
+            self._dispatch_task = asyncio.create_task(self._dispatch())
+            self._run_task = asyncio.create_task(self._run())
+
+    async def close(self):
+        """End in order: what is pending is recorded, DISCONNECT is sent if there is a connection, the journal closed.
+
+        Unacknowledged messages stay stored.  The client can be started again.
+        """
+        if self._run_task is None:
+            return
+        self._leaving = True
+        self._down.set()
+        self._wake.set()
+        await _end(self._dispatch_task)
+        try:
+            await asyncio.wait_for_ms(self._run_task, 3000)  # or it is cancelled
+        except asyncio.TimeoutError:
+            pass
+        self._run_task = None
+        try:
+            self.store.close()
+        except (MQTTError, OSError) as e:
+            self.last_error = e  # all that was promised is stored already
+
+    # -- the program's calls
+
+    async def publish(self, topic, payload, qos=1, retain=False, mark=None):
+        """Publish a message; at QoS 1 or 2 it survives power loss from the moment this returns.
+
+        topic: str or bytes.  payload: str or bytes-like.  mark: an integer of 64 bits stored with the message, see
+        .mark.  Returns the packet identifier, to be given to acknowledged(); None at QoS 0, which is sent at most
+        once, never stored, and discarded while there is no connection.
+        Raises ValueError for a bad argument or a message too large for the journal; JournalFull as configured.
+        """
+        if isinstance(payload, str):
+            payload = payload.encode()
+        if qos == 0:
+            if mark is not None:
+                raise ValueError("mark: needs QoS 1 or 2")
+            data = encode_publish(check_topic(topic), payload, retain)
+            while self.connected and len(self._outbox) >= _OUTBOX:
+                self._sent.clear()
+                await self._sent.wait()
+            if not self.connected:
+                self.discarded += 1
+                return None
+            self._outbox.append(data)
+            packet_id = None
+        elif qos == 1 or qos == 2:
+            while True:
+                try:
+                    packet_id = self.store.publish(topic, payload, qos, retain, mark)
+                    break
+                except JournalFull:
+                    if not self._waits:
+                        raise
+                self._progress.clear()
+                await self._progress.wait()
+        else:
+            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
+        self._wake.set()
+        await asyncio.sleep_ms(0)  # a program that only publishes must not keep the writer from its turn
+        return packet_id
+
+    @property
+    def mark(self):
+        """The newest mark whose message was accepted by publish(), None if there is none; survives power loss."""
+        return self.store.mark
+
+    async def acknowledged(self, packet_id):
+        """Return when the broker has the message that publish() gave this identifier.
+
+        Raises MessageDropped if it was dropped to make room, or lost because its record no longer reads back.
+        """
+        if packet_id is None or not self.store.is_live(packet_id):
+            return
+        waiter = self._waiters.get(packet_id)
+        if waiter is None:
+            waiter = self._waiters[packet_id] = _Waiter()
+        await waiter.event.wait()
+        if not waiter.result:
+            raise MessageDropped("message %d" % packet_id)
+
+    async def drain(self, timeout_s=None):
+        """Wait until the broker has every message stored here; return False if that took longer than timeout_s."""
+        if timeout_s is None:
+            await self._drain()
+            return True
+        try:
+            await asyncio.wait_for_ms(self._drain(), int(timeout_s * 1000))
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def _drain(self):
+        while self.store.waiting:
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def subscribe(self, topic_filter, qos=0):
+        """Subscribe, now and after every loss of the session; return the QoS granted, 0-2.
+
+        Waits for the connection.  If the broker has acknowledged the same subscription before and still has the
+        session, nothing is sent.  Raises ValueError, SubscribeRefused.
+        """
+        text = utf8(check_filter(topic_filter))
+        if qos not in (0, 1, 2):
+            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
+        self._wanted[text] = qos
+        granted = self.store.granted(text, qos)
+        if granted is None:
+            granted = await self._request(text, qos)
+            if granted > 2:
+                self._wanted.pop(text, None)
+                raise SubscribeRefused(text)
+        return granted
+
+    async def unsubscribe(self, topic_filter):
+        """End a subscription; returns when the broker has confirmed it."""
+        text = utf8(check_filter(topic_filter))
+        self._wanted.pop(text, None)
+        self.store.unsubscribing(text)
+        await self._request(text, None)
+
+    def on(self, topic_filter, handler):
+        """Have handler(message), plain or async, called for every message whose topic matches; the first match wins.
+
+        PUBACK or PUBREC goes out when it has returned.  If it raises, that is printed and counted, not repeated.
+        """
+        self._handlers.append((utf8(check_filter(topic_filter)), handler))
+        self._arrived.set()
+
+    def stats(self):
+        """Counters since the start of the program, and what is stored now: a flat dict of numbers."""
+        store = self.store
+        journal = store.journal
+        return {
+            "stored": store.stored,
+            "sent": store.sent,
+            "resent": store.resent,
+            "acknowledged": store.acknowledged,
+            "waiting": store.waiting,
+            "dropped": store.dropped,
+            "lost": store.lost,
+            "discarded": self.discarded,
+            "received": self.received,
+            "duplicates": store.duplicates,
+            "too_large": self.too_large,
+            "handler_errors": self.handler_errors,
+            "connections": self.connections,
+            "protocol_errors": self.protocol_errors,
+            "unknown_acks": store.session.unknown,
+            "journal_erases": journal.erases,
+            "journal_age": journal.seq,
+            "journal_damaged": journal.damaged,
+        }
+
+    # -- connection
+
+    def _connect_packet(self, clean):
+        broker = self._broker
+        return encode_connect(
+            self.client_id, clean, broker["keep_alive_s"], broker["username"], broker["password"], self._will
+        )
+
+    async def _run(self):
+        pause_ms, longest_ms = self._backoff_ms
+        while True:
+            self._down.clear()
+            if self._leaving:
+                return
+            try:
+                await self._connection()
+            except (MQTTError, OSError, asyncio.TimeoutError) as e:
+                self._failed(e)
+            limit_ms = min(longest_ms, pause_ms << min(self._attempt, 16))
+            self._attempt += 1
+            half = limit_ms >> 1
+            try:
+                await asyncio.wait_for_ms(self._down.wait(), half + (getrandbits(16) * (limit_ms - half) >> 16))
+            except asyncio.TimeoutError:
+                pass
+
+    def _failed(self, error):
+        """Note what ended a connection."""
+        if isinstance(error, ProtocolError):
+            self.protocol_errors += 1
+        if not self._leaving:
+            self.last_error = error
+
+    async def _connection(self):
+        """One connection, from the network's coming up to the end.  Raises MQTTError, OSError, TimeoutError."""
+        if not self.store.journal.usable:
+            self.store.open()  # the flash failed once; what it holds is what counts
+        if self._link is not None:
+            await self._link.up()
+        store = self.store
+        tasks = ()
+        try:
+            if store.identity != self._identity and not self._clean:
+                # A journal that knows no session with this broker must not meet an old one there: the broker would
+                # take new identifiers for old ones and swallow messages.  A clean session ends with its connection.
+                await asyncio.wait_for_ms(self._handshake(True), self._answer_ms)
+                store.begin(self._identity)
+                self._stream.write(DISCONNECT_BYTES)
+                await self._stream.drain()
+                self._hang_up()
+            await asyncio.wait_for_ms(self._handshake(self._clean), self._answer_ms)
+            self.session_present = self._decoder.session_present
+            store.connected(self.session_present, self._identity)
+            self._attempt = 0
+            self.connections += 1
+            self._ping_at = None
+            self._last_sent = self._last_received = time.ticks_ms()
+            self.connected = True
+            self._renew_requests()
+            if self.on_connect:
+                try:
+                    self.on_connect(self.session_present)
+                except Exception as e:
+                    self._handler_failed(e)
+            tasks = (
+                asyncio.create_task(self._guard(self._read())),
+                asyncio.create_task(self._guard(self._pulse())),
+                asyncio.create_task(self._guard(self._write())),
+            )
+            await self._down.wait()
+            if self._leaving:  # the writer says good-bye
+                await asyncio.wait_for_ms(self._said.wait(), 2000)
+        finally:
+            self.connected = False
+            for task in tasks:
+                await _end(task)
+            store.disconnected()
+            self._outbox.clear()
+            self._sent.set()
+            self._hang_up()
+
+    def _hang_up(self):
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    async def _guard(self, coroutine):
+        """Run one of the connection's tasks; its failure ends the connection."""
+        try:
+            await coroutine
+        except (MQTTError, OSError) as e:
+            self._failed(e)
+            self._down.set()
+
+    async def _handshake(self, clean):
+        """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2)."""
+        self._stream = stream = dial(self._broker["host"], self._broker["port"], self._attempt)
+        stream.write(self._connect_packet(clean))
+        await stream.drain()
+        decoder = self._decoder
+        decoder.reset()
+        while True:
+            kind = decoder.next()
+            if kind:
+                break
+            await self._receive(stream)
+        if kind != CONNACK:
+            raise ProtocolError("packet type %d before CONNACK" % kind)
+        if decoder.return_code:
+            raise ConnectRefused(decoder.return_code)
+
+    async def _receive(self, stream):
+        n = await stream.readinto(self._decoder.space())
+        if n == 0:
+            raise OSError(errno.ECONNRESET, "the broker closed the connection")
+        if n:
+            self._decoder.fed(n)
+
+    async def _read(self):
+        stream = self._stream
+        decoder = self._decoder
+        store = self.store
+        while True:
+            kind = decoder.next()
+            if not kind:
+                self._wake.set()
+                await self._receive(stream)
+                self._last_received = time.ticks_ms()
+                continue
+            while not store.can_answer:
+                await self._room()
+            if kind == PUBLISH:
+                await self._on_publish()
+            elif kind == SUBACK or kind == UNSUBACK:
+                self._on_granted(kind)
+            elif kind == PINGRESP:
+                self._ping_at = None
+            elif kind == CONNACK:
+                raise ProtocolError("a second CONNACK")
+            else:
+                store.on_ack(kind, decoder.packet_id)
+
+    async def _room(self):
+        """Return when the writer has sent something."""
+        self._sent.clear()
+        self._wake.set()
+        await self._sent.wait()
+
+    async def _on_publish(self):
+        decoder = self._decoder
+        store = self.store
+        qos = decoder.qos
+        if qos and not store.on_publish(qos, decoder.packet_id):
+            return
+        if decoder.payload is None:
+            self.too_large += 1
+            if qos:  # or it would come back for ever
+                store.handled(qos, decoder.packet_id, store.session.epoch)
+            return
+        message = Message(decoder)
+        message._epoch = store.session.epoch
+        while len(self._inbox) >= _INBOX:
+            if not qos:
+                self.discarded += 1
+                return
+            self._accepted.clear()
+            await self._accepted.wait()
+        self._inbox.append(message)
+        self._arrived.set()
+
+    async def _write(self):
+        stream = self._stream
+        buf = self._send
+        store = self.store
+        outbox = self._outbox
+        while True:
+            off = 0
+            if not store.rest:
+                while outbox and off + len(outbox[0]) <= len(buf):
+                    data = outbox.pop(0)
+                    buf[off : off + len(data)] = data
+                    off += len(data)
+                if outbox and not off:  # larger than the buffer
+                    stream.write(outbox.pop(0))
+                    await stream.drain()
+                    off = -1
+            if off >= 0:
+                off = store.fill(buf, off)
+                if off:
+                    stream.write(buf[:off])
+                    await stream.drain()
+            if off:
+                self._last_sent = time.ticks_ms()
+                self._sent.set()
+            if self._leaving:
+                if not store.rest and not store.answers:
+                    stream.write(DISCONNECT_BYTES)
+                    await stream.drain()
+                    self._said.set()
+                    return
+            elif not off:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _pulse(self):
+        """Keep-alive, and what is done when nothing else is: lazy records, erasing ahead."""
+        keep_alive_ms = self._broker["keep_alive_s"] * 1000
+        store = self.store
+        stored = -1
+        while True:
+            await asyncio.sleep_ms(_PULSE_MS)
+            now = time.ticks_ms()
+            silent_ms = time.ticks_diff(now, self._last_received)
+            if self._ping_at is not None:
+                if time.ticks_diff(now, self._ping_at) > self._answer_ms and silent_ms > self._answer_ms:
+                    raise OSError(errno.ETIMEDOUT, "the broker no longer answers")
+            elif (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4) or (
+                store.waiting and silent_ms > self._answer_ms
+            ):
+                # The second case: a link that swallows everything is noticed long before the keep-alive is over.
+                self._ping_at = now
+                self._outbox.append(PINGREQ_BYTES)
+                self._wake.set()
+            if stored == store.stored:  # idle
+                store.commit()
+                store.journal.idle()
+            stored = store.stored
+
+    # -- SUBSCRIBE and UNSUBSCRIBE: sent when connected, and again after every reconnection until answered
+
+    async def _request(self, topic_filter, qos):
+        """Ask the broker; return the code of its SUBACK, None for an UNSUBACK.  qos: None to unsubscribe."""
+        request = _Request(topic_filter, qos)
+        self._requests.append(request)
+        if self.connected:
+            self._submit(request)
+        await request.event.wait()
+        return request.result
+
+    def _submit(self, request):
+        packet_id = request.packet_id = self.store.session.request_id()
+        topic_filter = request.filter.encode()
+        if request.qos is None:
+            data = encode_unsubscribe(packet_id, topic_filter)
+        else:
+            data = encode_subscribe(packet_id, topic_filter, request.qos)
+        self._outbox.append(data)
+        self._wake.set()
+
+    def _renew_requests(self):
+        """A connection begins: ask for all that the broker has not acknowledged, or has forgotten."""
+        self.store.session.requests.clear()
+        asked = [request.filter for request in self._requests]
+        for topic_filter, qos in self._wanted.items():
+            if topic_filter not in asked and self.store.granted(topic_filter, qos) is None:
+                self._requests.append(_Request(topic_filter, qos))
+        for request in self._requests:
+            self._submit(request)
+
+    def _on_granted(self, kind):
+        """A SUBACK or UNSUBACK came (MQTT 3.1.1 sections 3.9, 3.11)."""
+        packet_id = self._decoder.packet_id
+        for request in self._requests:
+            if request.packet_id == packet_id:
+                break
+        else:
+            self.store.session.unknown += 1
+            return
+        if (kind == UNSUBACK) != (request.qos is None):
+            raise ProtocolError("packet type %d for request %d" % (kind, packet_id))
+        if kind == SUBACK:
+            if len(self._decoder.payload) != 1:  # [MQTT-3.8.4-5]
+                raise ProtocolError("SUBACK with %d return codes" % len(self._decoder.payload))
+            request.result = self._decoder.payload[0]
+            if request.result > 2:
+                self.last_error = SubscribeRefused(request.filter)
+            elif self._wanted.get(request.filter) == request.qos:
+                self.store.subscribed(request.filter, request.qos, request.result)
+        self._requests.remove(request)
+        self.store.session.requests.discard(packet_id)
+        request.event.set()
+
+    # -- messages
+
+    def _on_finished(self, packet_id, delivered):
+        waiter = self._waiters.pop(packet_id, None)
+        if waiter is not None:
+            waiter.result = delivered
+            waiter.event.set()
+        self._progress.set()
+
+    async def _dispatch(self):
+        """Hand one message after the other to the program; acknowledge it when the program is done with it."""
+        inbox = self._inbox
+        store = self.store
+        while True:
+            while not inbox:
+                self._arrived.clear()
+                await self._arrived.wait()
+            message = inbox.popleft()
+            self._accepted.set()
+            self.received += 1
+            if message.qos == 2:
+                message.token = store.token(message._packet_id)
+            await self._deliver(message)
+            if message.qos:
+                while self.connected and not store.can_answer:
+                    await self._room()
+                try:
+                    store.handled(message.qos, message._packet_id, message._epoch)
+                except (MQTTError, OSError) as e:
+                    store.session.busy.discard(message._packet_id)  # it has to come again
+                    self._failed(e)
+                    self._down.set()
+                self._wake.set()
+
+    async def _deliver(self, message):
+        while True:
+            for topic_filter, handler in self._handlers:
+                if matches(topic_filter, message.topic):
+                    try:
+                        result = handler(message)
+                        if hasattr(result, "send"):  # a coroutine
+                            await result
+                    except Exception as e:
+                        self._handler_failed(e)
+                    return
+            if self.messages.begun:
+                await self.messages.give(message)
+                return
+            if self._handlers:
+                self.discarded += 1
+                return
+            # A program that has said neither on() nor "async for" yet will.
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def _handler_failed(self, error):
+        self.handler_errors += 1
+        sys.print_exception(error)
+
+
+class _Messages:
+    """client.messages: the messages that no handler takes, by `async for`.
+
+    A message counts as handled, and is acknowledged, when the loop asks for the next one.
+    """
+
+    def __init__(self, client):
+        self._client = client
+        self._ready = asyncio.Event()
+        self._done = asyncio.Event()
+        self._message = None
+        self.begun = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        self._message = None
+        self._done.set()
+        self.begun = True
+        self._client._arrived.set()
+        while self._message is None:
+            self._ready.clear()
+            await self._ready.wait()
+        return self._message
+
+    async def give(self, message):
+        self._done.clear()
+        self._message = message
+        self._ready.set()
+        await self._done.wait()
+
+
+class _Waiter:
+    def __init__(self):
+        self.event = asyncio.Event()
+        self.result = None
+
+
+class _Request(_Waiter):
+    def __init__(self, topic_filter, qos):
+        super().__init__()
+        self.filter = topic_filter
+        self.qos = qos
+        self.packet_id = 0
+
+
+async def _end(task):
+    """Cancel a task and wait until it has ended."""
+    task.cancel()
+    try:
+        await task
+    except (asyncio.CancelledError, Exception):
+        pass
