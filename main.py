@@ -1,0 +1,314 @@
+"""The device program: configuration, journal, Wi-Fi, client, application, watchdog.
+
+With nothing but config.json edited the board publishes its telemetry and answers commands (class Builtin).  A file
+app.py beside this one replaces both; it has
+
+    async def main(client, config):
+
+which is started again, after a growing pause, when it raises; client, journal and connection stay as they are
+meanwhile, so handlers it has set with client.on() are still set.  Five crashes in a row, each within 60 s of its start,
+a bad configuration, no place for the journal, the end of app.main() and Ctrl-C all lead to the REPL, the client closed
+in order and the watchdog fed; main() there starts again.
+"""
+
+import asyncio
+import gc
+import json
+import sys
+import time
+
+from mqtt_durable import config as configuration
+from mqtt_durable import watchdog
+from mqtt_durable.errors import ConfigError, JournalFull, MQTTError, SubscribeRefused
+
+_PULSE_MS = 1000
+_FIRST_PAUSE_MS = 1000
+_LONGEST_PAUSE_MS = 30000
+_SHORT_LIFE_MS = 60000
+_CRASHES = 5
+_RESET_AFTER_S = 30
+
+ENDED = "the application has ended"
+CRASHED = "the application crashed %d times in a row, each within %d s" % (_CRASHES, _SHORT_LIFE_MS // 1000)
+RESET = "reset on command"
+
+
+def main(path="config.json", make_client=None):
+    """Run the device until something ends it; return why, as a text.  Raises nothing but an application's SystemExit.
+
+    make_client: called as Client(config, link=...); stands in for it.
+    """
+    why = None
+    try:
+        config = configuration.load(path)
+        if make_client is None:
+            from mqtt_durable.client import Client as make_client
+        link = None
+        if config["wifi"]:
+            from mqtt_durable.wifi import Wifi
+
+            link = Wifi(config["wifi"])
+        watchdog.start()
+        device = Device(config, make_client(config, link=link), link)
+        why = _run(device)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(problem)
+        why = "bad configuration"
+    except (MQTTError, ValueError, OSError) as error:
+        why = str(error) or repr(error)
+    except KeyboardInterrupt:
+        why = "Ctrl-C"
+    except Exception as error:
+        sys.print_exception(error)
+        why = "a fault in the program itself"
+    finally:
+        watchdog.release()
+    print("main.py: %s" % why)
+    if why == RESET:
+        import machine
+
+        machine.reset()
+    print("main.py: the board is at the REPL; main() starts again")
+    return why
+
+
+def _run(device):
+    """Run device.run() to its end, also the orderly one after a Ctrl-C."""
+    loop = asyncio.new_event_loop()
+    if hasattr(asyncio, "set_event_loop"):  # CPython
+        asyncio.set_event_loop(loop)
+    task = loop.create_task(device.run())
+    try:
+        return loop.run_until_complete(task)
+    except KeyboardInterrupt:
+        # Ctrl-C mostly strikes while the loop waits, outside every task: they are all still there to be ended.
+        # Where it strikes this very task, the task has closed the client before passing it on: CPython says done(),
+        # MicroPython refuses to cancel it with a RuntimeError.
+        if task.done():
+            task.exception()  # asked for, or CPython prints it
+        else:
+            try:
+                task.cancel()
+                loop.run_until_complete(task)
+            except (asyncio.CancelledError, RuntimeError):
+                pass
+        raise
+    finally:
+        loop.close()
+        if not hasattr(asyncio, "set_event_loop"):
+            asyncio.new_event_loop()  # MicroPython's only loop: forget what tasks the application has left in it
+
+
+class Device:
+    """One run of the device.  config: complete; client: made, not started; link: Wifi or None.
+
+    sleep_ms, ticks_ms: stand in for asyncio.sleep_ms and time.ticks_ms.
+    """
+
+    def __init__(self, config, client, link=None, sleep_ms=None, ticks_ms=None):
+        self.config = config
+        self.client = client
+        self.link = link
+        self.sleep_ms = sleep_ms or asyncio.sleep_ms
+        self.ticks_ms = ticks_ms or time.ticks_ms
+        self._uptime_ms = 0
+        self._ticks = self.ticks_ms()
+        self._builtin = None
+
+    async def run(self):
+        """Start the client and keep the application running; return why it ended.
+
+        Raises JournalUnavailable, ValueError or OSError from the start of the client.
+        """
+        pulse = asyncio.create_task(self._pulse())
+        try:
+            async with self.client:
+                # Not before: formatting a large journal takes longer than any pause a running program may make.
+                watchdog.guard()
+                print("main.py: client", self.client.client_id)
+                return await self.supervise(self.application)
+        finally:
+            pulse.cancel()
+            await asyncio.sleep(0)  # for it to end within the loop
+
+    async def supervise(self, start):
+        """Run start() until it returns (its result, or ENDED) or has crashed too often (CRASHED)."""
+        crashes = 0
+        while True:
+            began_s = self.uptime_s()
+            try:
+                return await start() or ENDED
+            except Exception as error:
+                sys.print_exception(error)
+            gc.collect()
+            if (self.uptime_s() - began_s) * 1000 >= _SHORT_LIFE_MS:
+                crashes = 0
+            crashes += 1
+            if crashes >= _CRASHES:
+                return CRASHED
+            await self.sleep_ms(min(_FIRST_PAUSE_MS << (crashes - 1), _LONGEST_PAUSE_MS))
+
+    async def application(self):
+        """Run app.main() where there is an app, else what is built in."""
+        try:
+            import app
+        except ImportError as error:
+            # The same error comes from an app that imports what is not there; that one is a crash.
+            if not str(error).lower().startswith("no module named 'app'"):
+                raise
+        else:
+            await app.main(self.client, self.config)
+            return ENDED
+        if self._builtin is None:
+            self._builtin = Builtin(self)
+        return await self._builtin.run()
+
+    def uptime_s(self):
+        """Return the whole seconds since the start.  Must be called every few days: ticks wrap after 12."""
+        now = self.ticks_ms()
+        self._uptime_ms += time.ticks_diff(now, self._ticks)
+        self._ticks = now
+        return self._uptime_ms // 1000
+
+    async def _pulse(self):
+        while True:
+            watchdog.alive()
+            self.uptime_s()
+            await self.sleep_ms(_PULSE_MS)
+
+
+class Builtin:
+    """The telemetry and the commands of a board without an app.py.
+
+    Telemetry is a JSON object: uptime_s, free_bytes, temperature_c where there is a sensor, rssi_dbm while on Wi-Fi,
+    skipped (telemetry the full journal had no room for) and stats, the client's statistics.  The first goes out
+    at once.
+
+    A command is the last level of the topic of a message that matches commands.topic.  The answer goes to
+    devices/CLIENT_ID/answers/COMMAND with the QoS of commands:
+
+        ping       the payload, as it came
+        telemetry  the telemetry object of this moment
+        stats      the client's statistics
+        reset      {"reset": true}, then the board ends in order and starts again; not in its first 30 s, so that a
+                   command that is delivered twice cannot hold it in a loop
+        another    {"error": "unknown command", "commands": [...]}
+
+    A retained message is no command, for it would come again after every start.  Neither is a message on a topic that
+    has a level "answers" or is the telemetry's: with a wide filter a board would answer its own answers.
+    """
+
+    def __init__(self, device):
+        self._device = device
+        self._client = device.client
+        self._skipped = 0
+        self._reset = False
+        config = device.config
+        client_id = device.client.client_id
+        self._answers = "devices/%s/answers/" % client_id
+        self._telemetry = config["telemetry"]
+        self._topic = self._telemetry and self._telemetry["topic"].replace("{client_id}", client_id)
+        self._commands = config["commands"]
+        self._filter = self._commands and self._commands["topic"].replace("{client_id}", client_id)
+        if self._commands:
+            self._client.on(self._filter, self.obey)
+
+    async def run(self):
+        """Publish telemetry and obey commands until one of them is a reset; return RESET then."""
+        listening = self._commands and asyncio.create_task(self._listen())
+        sleep_ms = self._device.sleep_ms
+        wait_s = 0
+        try:
+            while True:
+                if self._telemetry and wait_s <= 0:
+                    await self._publish(self._topic, self.report(), self._telemetry["qos"])
+                    wait_s = self._telemetry["every_s"]
+                await sleep_ms(1000)
+                wait_s -= 1
+                if self._reset:
+                    # Time for the message that asked for it to be acknowledged, or it would come again.
+                    await sleep_ms(1000)
+                    return RESET
+        finally:
+            if listening:
+                listening.cancel()
+
+    async def obey(self, message):
+        """Handle one command."""
+        levels = message.topic.split("/")
+        if message.retain or "answers" in levels or message.topic == self._topic:
+            return
+        command = levels[-1]
+        if command == "ping":
+            answer = message.payload
+        elif command == "telemetry":
+            answer = self.report()
+        elif command == "stats":
+            answer = self._client.stats()
+        elif command == "reset":
+            self._reset = self._device.uptime_s() >= _RESET_AFTER_S
+            answer = {"reset": self._reset}
+        else:
+            answer = {"error": "unknown command", "commands": ["ping", "telemetry", "stats", "reset"]}
+        await self._publish(self._answers + command, answer, self._commands["qos"])
+
+    def report(self):
+        """Return the telemetry as a dict."""
+        gc.collect()
+        report = {"uptime_s": self._device.uptime_s(), "skipped": self._skipped, "stats": self._client.stats()}
+        if hasattr(gc, "mem_free"):
+            report["free_bytes"] = gc.mem_free()
+        values = {"temperature_c": temperature_c(), "rssi_dbm": self._device.link and self._device.link.rssi()}
+        for name, value in values.items():
+            if value is not None:
+                report[name] = value
+        return report
+
+    async def _publish(self, topic, payload, qos):
+        """Publish an object as JSON, or bytes as they are; count it when there is no room for it."""
+        if type(payload) is dict:
+            payload = json.dumps(payload).encode()
+        try:
+            await self._client.publish(topic, bytes(payload), qos=qos)
+        except (JournalFull, ValueError) as error:  # ValueError: larger than the journal can ever hold
+            self._skipped += 1
+            print("main.py: not published to %s: %s" % (topic, error))
+
+    async def _listen(self):
+        while True:
+            try:
+                await self._client.subscribe(self._filter, self._commands["qos"])
+                return
+            except SubscribeRefused as error:
+                print("main.py: no commands: the broker refuses", error)
+                return
+            except (MQTTError, OSError):  # the connection was lost before the answer came
+                await self._device.sleep_ms(5000)
+
+
+def temperature_c():
+    """Return the chip's temperature in degrees Celsius, None where it has no sensor.
+
+    Of the chip, not of the room, and not calibrated: some degrees off.
+    """
+    try:
+        import esp32
+
+        if hasattr(esp32, "mcu_temperature"):
+            return esp32.mcu_temperature()
+        return round((esp32.raw_temperature() - 32) / 1.8, 1)  # the first ESP32 gives Fahrenheit
+    except (ImportError, AttributeError, OSError):
+        pass
+    try:
+        from machine import ADC
+
+        # RP2040 and RP2350 data sheets: 0.706 V at 27 degrees, 1.721 mV less for each degree more.
+        volts = ADC(ADC.CORE_TEMP).read_u16() * 3.3 / 65535
+        return round(27 - (volts - 0.706) / 0.001721, 1)
+    except (ImportError, AttributeError):
+        return None
+
+
+if __name__ == "__main__":
+    main()
