@@ -9,22 +9,38 @@ from mqtt_durable.journal import Journal
 
 _ADD = 0x10  # number u32, content
 _REMOVE = 0x20  # number u32
-_KEEP = 0x30  # numbers u32 of all entries that are live
+_KEEP = 0x30  # the first number behind the window, then those in it, u32: all below the first that are live
+
+_BYTES = bytes(range(256)) * 17
 
 
 def content(number, size):
-    return bytes((number * 7 + i * (number | 1)) & 255 for i in range(size))
+    """The bytes of an entry; size: 0-4096."""
+    at = number * 37 & 255
+    return _BYTES[at : at + size]
 
 
 class Ledger:
-    """journal: mounted at once.  queued: entries above this number must keep their order and are never carried."""
+    """Mounts the journal of device at once.
 
-    def __init__(self, device, prog_size=4, size=None):
-        self.journal = Journal(device, prog_size, size, lambda n: b"\x5a" * n)  # a fixed id, so that runs repeat
+    window: so many of the oldest entries may be moved, the order of all behind them must stay (None: no such limit).
+    urandom: makes the journal's id; a fixed one as a rule, so that runs repeat.
+    """
+
+    def __init__(self, device, prog_size=4, size=None, window=None, urandom=lambda n: b"\x5a" * n):
+        self.journal = Journal(device, prog_size, size, urandom)
+        self.window = window
+        self.mount()
+
+    def mount(self):
         self.where = {}  # number -> position
         self.count = 0  # 1 + the newest number ever added, kept in the state
-        self.queued = None
         self.journal.mount(self)
+
+    def format(self):
+        self.where = {}
+        self.count = 0
+        self.journal.format(self)
 
     def add(self, number, size, reserve=0):
         pos = self.journal.append(_ADD, (pack("<I", number), content(number, size)), reserve)
@@ -37,17 +53,24 @@ class Ledger:
 
     def check(self):
         """Read every live entry back; return {number: size}."""
+        journal = self.journal
         found = {}
         for number, pos in self.where.items():
-            size = self.journal.load(pos)
+            size = journal.load(pos)
             if not size:
                 raise AssertionError("entry %d does not read back" % number)
             body = bytearray(size - 8)
-            self.journal.read(pos, 4, body)
+            journal.read(pos, 4, body)
             if unpack_from("<I", body)[0] != number or bytes(body[4:]) != content(number, size - 12):
                 raise AssertionError("entry %d holds something else" % number)
             found[number] = size - 12
+        ages = [(journal.seq_of(self.where[n]), self.where[n]) for n in self._waiting()]
+        if ages != sorted(ages):
+            raise AssertionError("the order of the entries behind the window has changed")
         return found
+
+    def _waiting(self):
+        return [] if self.window is None else sorted(self.where)[self.window :]
 
     # -- what the journal asks of its owner
 
@@ -60,7 +83,7 @@ class Ledger:
             body = bytearray(self.journal.load(pos) - 8)
             self.journal.read(pos, 4, body)
             keep = unpack_from("<%dI" % (len(body) // 4), body)
-            self.where = {n: at for n, at in self.where.items() if n in keep}
+            self.where = {n: at for n, at in self.where.items() if n >= keep[0] or n in keep}
         else:
             self.where.pop(number, None)
 
@@ -70,20 +93,26 @@ class Ledger:
     def state(self):
         return pack("<I", self.count)
 
+    def _kept(self):
+        waiting = self._waiting()
+        first = waiting[0] if waiting else self.count
+        return [first] + [n for n in self.where if n < first]
+
     def _in(self, sector):
         return sorted(n for n, pos in self.where.items() if pos >> 12 == sector)
 
     def live(self, sector, whole):
-        size = self.journal.room_for(4 * len(self.where)) if whole else 0
-        for number in self._in(sector):
-            if self.queued is not None and number >= self.queued and not whole:
-                return -1
+        size = self.journal.room_for(4 * len(self._kept())) if whole else 0
+        here = self._in(sector)
+        if here and not whole and self.window is not None and here[-1] in self._waiting():
+            return -1
+        for number in here:
             size += self.journal.room_for(self.journal.load(self.where[number]) - 8)
         return size
 
     def carry(self, sector, whole):
         if whole:
-            self.journal.append(_KEEP, [pack("<I", number) for number in self.where])
+            self.journal.append(_KEEP, [pack("<I", number) for number in self._kept()])
         for number in self._in(sector):
             self.where[number] = self.journal.copy(self.where[number])
 

@@ -11,9 +11,15 @@ _WHERE = {"Client": "client", "Message": "client", "load_config": "config", "Jou
 
 
 def __getattr__(name):
-    module = _WHERE.get(name, "errors")
-    found = getattr(
-        __import__("mqtt_durable." + module, None, None, (module,)), "load" if name == "load_config" else name
-    )
-    globals()[name] = found
+    where = _WHERE.get(name, "errors")
+    if name[0] == "_":
+        raise AttributeError(name)
+    if where == "errors" and name[0] > "Z":
+        # MicroPython asks here before it looks for a module of that name.
+        try:
+            return __import__("mqtt_durable." + name, None, None, (name,))
+        except ImportError:
+            raise AttributeError(name)
+    module = __import__("mqtt_durable." + where, None, None, (where,))
+    found = globals()[name] = getattr(module, "load" if name == "load_config" else name)
     return found

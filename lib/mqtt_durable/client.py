@@ -41,6 +41,7 @@ from .transport import dial
 _SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
 _RECEIVE_BYTES = const(768)
 _INBOX = const(16)  # messages received that wait for their handler
+_INBOX_BYTES = const(8192)  # their payloads, not counting the last one taken
 _OUTBOX = const(8)  # QoS 0 messages that wait for the writer
 _PULSE_MS = const(1000)
 
@@ -49,7 +50,8 @@ class Message:
     """A message received.
 
     .topic (str), .payload (bytes), .qos, .retain, .dup.  .token: at QoS 2 a number, else None.  If power fails after
-    the handler took effect but before that was recorded, the same message comes again with the same token.
+    the handler took effect but before that was recorded, or close() cuts the handler short, the same message comes
+    again with the same token.
     """
 
     def __init__(self, decoder):
@@ -92,6 +94,8 @@ class Client:
         session = config["session"]
         self.client_id = configured_client_id(config)
         self._broker = broker
+        self._keep_alive_ms = broker["keep_alive_s"] * 1000
+        self._pulse_ms = _PULSE_MS
         self._clean = session["clean"]
         self._identity = identity(self.client_id, broker["host"], broker["port"])
         self._waits = journal["when_full"] == "wait"
@@ -125,17 +129,24 @@ class Client:
         self._said = asyncio.Event()  # DISCONNECT has gone out
         self._leaving = False
         self._attempt = 0
+        self._unsure = False  # a CONNECT was never answered: it may have begun a session we have not heard of
+        self._renewing = False  # the broker said that it has no session, and that is not recorded yet
+        self._epoch = 0  # counts the sessions at the broker: a message belongs to the one it came in
         self._last_sent = self._last_received = 0
         self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
         self._outbox = []
         self._inbox = deque((), _INBOX)
+        self._inbox_bytes = 0
+        self._handling = None  # the message whose handler is running
+        self._blocked = False  # the reader waits for room in the inbox
+        self._passed_over = False  # it did so in vain: see _has_room()
         self._handlers = []
         self._wanted = {}  # topic filter -> QoS, of every subscription the program has asked for
         self._requests = []
         self._waiters = {}  # packet identifier -> _Waiter
         self.messages = _Messages(self)
         self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
-        self.protocol_errors = 0
+        self.protocol_errors = self.passed_over = 0
 
     # -- life
 
@@ -151,29 +162,39 @@ class Client:
         if self._run_task is None:
             self._leaving = False
             self._said.clear()
+            self.messages.ended = False
             self._dispatch_task = asyncio.create_task(self._dispatch())
             self._run_task = asyncio.create_task(self._run())
 
     async def close(self):
         """End in order: what is pending is recorded, DISCONNECT is sent if there is a connection, the journal closed.
 
-        Unacknowledged messages stay stored.  The client can be started again.
+        Unacknowledged messages stay stored.  A handler that is running is cancelled, unless it is the caller; its
+        message, like those that wait for theirs, is not acknowledged and comes again.  A loop over .messages in
+        another task ends.  Takes 3 s at most.  The client can be started again.
         """
         if self._run_task is None:
             return
         self._leaving = True
+        self.messages.end()
         self._down.set()
         self._wake.set()
-        await _end(self._dispatch_task)
         try:
-            await asyncio.wait_for_ms(self._run_task, 3000)  # or it is cancelled
-        except asyncio.TimeoutError:
-            pass
-        self._run_task = None
-        try:
-            self.store.close()
-        except (MQTTError, OSError) as e:
-            self.last_error = e  # all that was promised is stored already
+            if asyncio.current_task() is not self._dispatch_task:
+                await _end(self._dispatch_task)
+            try:
+                await asyncio.wait_for_ms(self._run_task, 3000)  # or it is cancelled
+            except asyncio.TimeoutError:
+                pass
+        finally:
+            self._run_task = None
+            self._inbox = deque((), _INBOX)
+            self._inbox_bytes = 0
+            self.store.session.busy.clear()
+            try:
+                self.store.close()
+            except (MQTTError, OSError) as e:
+                self.last_error = e  # all that was promised is stored already
 
     # -- the program's calls
 
@@ -184,9 +205,13 @@ class Client:
         .mark.  Returns the packet identifier, to be given to acknowledged(); None at QoS 0, which is sent at most
         once, never stored, and discarded while there is no connection.
         Raises ValueError for a bad argument or a message too large for the journal; JournalFull as configured.
+        OSError: the flash failed, and only .mark tells whether the message was stored before it did; the journal is
+        mounted anew, with JournalUnavailable for messages until then.
         """
         if isinstance(payload, str):
             payload = payload.encode()
+        elif not isinstance(payload, (bytes, bytearray, memoryview)):
+            raise ValueError("payload: expected text or bytes")
         if qos == 0:
             if mark is not None:
                 raise ValueError("mark: needs QoS 1 or 2")
@@ -201,12 +226,17 @@ class Client:
             packet_id = None
         elif qos == 1 or qos == 2:
             while True:
+                if not self.store.journal.usable and self._stream is None:
+                    self._remount()
                 try:
                     packet_id = self.store.publish(topic, payload, qos, retain, mark)
                     break
                 except JournalFull:
                     if not self._waits:
                         raise
+                except OSError as e:
+                    self._journal_failed(e)
+                    raise
                 self._progress.clear()
                 await self._progress.wait()
         else:
@@ -253,8 +283,9 @@ class Client:
     async def subscribe(self, topic_filter, qos=0):
         """Subscribe, now and after every loss of the session; return the QoS granted, 0-2.
 
-        Waits for the connection.  If the broker has acknowledged the same subscription before and still has the
-        session, nothing is sent.  Raises ValueError, SubscribeRefused.
+        Waits for the broker's answer.  If it has given that before and still has the session, nothing is sent; if it
+        turns out to have lost the session, the subscription is made again by itself.  When cancelled, it will still
+        be made.  Raises ValueError, SubscribeRefused.
         """
         text = utf8(check_filter(topic_filter))
         if qos not in (0, 1, 2):
@@ -269,18 +300,26 @@ class Client:
         return granted
 
     async def unsubscribe(self, topic_filter):
-        """End a subscription; returns when the broker has confirmed it."""
+        """End a subscription; returns when the broker has confirmed it.  Raises ValueError, JournalFull, OSError."""
         text = utf8(check_filter(topic_filter))
-        self._wanted.pop(text, None)
         self.store.unsubscribing(text)
+        self._wanted.pop(text, None)
         await self._request(text, None)
 
     def on(self, topic_filter, handler):
         """Have handler(message), plain or async, called for every message whose topic matches; the first match wins.
 
         PUBACK or PUBREC goes out when it has returned.  If it raises, that is printed and counted, not repeated.
+        The same filter again replaces its handler.  Set all handlers before the first await: a message that comes
+        when there are some, none that matches and no loop over .messages is acknowledged and counted as discarded.
         """
-        self._handlers.append((utf8(check_filter(topic_filter)), handler))
+        text = utf8(check_filter(topic_filter))
+        for i, known in enumerate(self._handlers):
+            if known[0] == text:
+                self._handlers[i] = text, handler
+                break
+        else:
+            self._handlers.append((text, handler))
         self._arrived.set()
 
     def stats(self):
@@ -299,6 +338,7 @@ class Client:
             "received": self.received,
             "duplicates": store.duplicates,
             "too_large": self.too_large,
+            "passed_over": self.passed_over,
             "handler_errors": self.handler_errors,
             "connections": self.connections,
             "protocol_errors": self.protocol_errors,
@@ -317,37 +357,66 @@ class Client:
         )
 
     async def _run(self):
-        pause_ms, longest_ms = self._backoff_ms
-        while True:
+        while not self._leaving:
             self._down.clear()
-            if self._leaving:
-                return
             try:
                 await self._connection()
-            except (MQTTError, OSError, asyncio.TimeoutError) as e:
+            except Exception as e:
                 self._failed(e)
-            limit_ms = min(longest_ms, pause_ms << min(self._attempt, 16))
-            self._attempt += 1
-            half = limit_ms >> 1
+            if self._leaving:
+                return
+            self._down.clear()
             try:
-                await asyncio.wait_for_ms(self._down.wait(), half + (getrandbits(16) * (limit_ms - half) >> 16))
+                await asyncio.wait_for_ms(self._down.wait(), self._pause_ms())
             except asyncio.TimeoutError:
                 pass
+
+    def _pause_ms(self):
+        """The pause before the next attempt: doubled each time up to the longest, drawn from its upper half."""
+        first_ms, longest_ms = self._backoff_ms
+        limit_ms = min(longest_ms, first_ms << min(self._attempt, 16))
+        self._attempt += 1
+        half_ms = limit_ms >> 1
+        return half_ms + (getrandbits(16) * (limit_ms - half_ms) >> 16)
 
     def _failed(self, error):
         """Note what ended a connection."""
         if isinstance(error, ProtocolError):
             self.protocol_errors += 1
+        elif not isinstance(error, (MQTTError, OSError, asyncio.TimeoutError)):
+            sys.print_exception(error)  # MemoryError, or our own fault: no reason to give up
         if not self._leaving:
             self.last_error = error
 
+    def _journal_failed(self, error):
+        """The flash failed in a program's call: the connection ends, so that the journal can be mounted anew."""
+        self._failed(error)
+        if self.connected:
+            self._down.set()
+
+    def _remount(self):
+        """After a failure of the flash what it holds is what counts.  Only while there is no connection.  OSError."""
+        store = self.store
+        store.open()
+        for message in [self._handling] + list(self._inbox):
+            if message is not None and message.qos and message._epoch == self._epoch:
+                store.session.busy.add(message._packet_id)
+        self._sweep()
+
+    def _sweep(self):
+        """End the waiting for messages that are no longer there: their records do not read back."""
+        for packet_id in list(self._waiters):
+            if not self.store.is_live(packet_id):
+                self._on_finished(packet_id, False)
+        self._progress.set()
+
     async def _connection(self):
         """One connection, from the network's coming up to the end.  Raises MQTTError, OSError, TimeoutError."""
-        if not self.store.journal.usable:
-            self.store.open()  # the flash failed once; what it holds is what counts
+        store = self.store
+        if not store.journal.usable:
+            self._remount()
         if self._link is not None:
             await self._link.up()
-        store = self.store
         tasks = ()
         try:
             if store.identity != self._identity and not self._clean:
@@ -355,13 +424,19 @@ class Client:
                 # take new identifiers for old ones and swallow messages.  A clean session ends with its connection.
                 await asyncio.wait_for_ms(self._handshake(True), self._answer_ms)
                 store.begin(self._identity)
+                self._epoch += 1
                 self._stream.write(DISCONNECT_BYTES)
                 await self._stream.drain()
                 self._hang_up()
             await asyncio.wait_for_ms(self._handshake(self._clean), self._answer_ms)
-            self.session_present = self._decoder.session_present
+            # Once it has said that it has none, what it has the next time is a new one, until we have recorded that.
+            self.session_present = self._decoder.session_present and not self._renewing
+            if not self.session_present:
+                self._renewing = True
+                self._epoch += 1
             store.connected(self.session_present, self._identity)
-            self._attempt = 0
+            self._renewing = False
+            self._passed_over = False
             self.connections += 1
             self._ping_at = None
             self._last_sent = self._last_received = time.ticks_ms()
@@ -385,28 +460,34 @@ class Client:
             for task in tasks:
                 await _end(task)
             store.disconnected()
+            for data in self._outbox:
+                if data[0] >> 4 == PUBLISH:
+                    self.discarded += 1
             self._outbox.clear()
             self._sent.set()
             self._hang_up()
 
     def _hang_up(self):
         if self._stream is not None:
-            self._stream.close()
+            self._stream.s.close()  # MicroPython's Stream.close() does nothing
             self._stream = None
 
     async def _guard(self, coroutine):
         """Run one of the connection's tasks; its failure ends the connection."""
         try:
             await coroutine
-        except (MQTTError, OSError) as e:
+        except Exception as e:
             self._failed(e)
             self._down.set()
+            self._said.set()  # or close() would wait for it
 
     async def _handshake(self, clean):
         """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2)."""
+        unsure = self._unsure
         self._stream = stream = dial(self._broker["host"], self._broker["port"], self._attempt)
         stream.write(self._connect_packet(clean))
         await stream.drain()
+        self._unsure = True
         decoder = self._decoder
         decoder.reset()
         while True:
@@ -416,8 +497,13 @@ class Client:
             await self._receive(stream)
         if kind != CONNACK:
             raise ProtocolError("packet type %d before CONNACK" % kind)
+        self._unsure = unsure
         if decoder.return_code:
             raise ConnectRefused(decoder.return_code)
+        self._unsure = False
+        if unsure and decoder.session_present:
+            # It may be one that an unanswered CONNECT of ours began: nothing is known to be subscribed in it.
+            self.store.subscriptions.clear()
 
     async def _receive(self, stream):
         n = await stream.readinto(self._decoder.space())
@@ -460,66 +546,105 @@ class Client:
         decoder = self._decoder
         store = self.store
         qos = decoder.qos
-        if qos and not store.on_publish(qos, decoder.packet_id):
+        packet_id = decoder.packet_id
+        if qos and not store.on_publish(qos, packet_id):
             return
         if decoder.payload is None:
             self.too_large += 1
             if qos:  # or it would come back for ever
-                store.handled(qos, decoder.packet_id, store.session.epoch)
+                store.handled(qos, packet_id, store.session.epoch)
             return
-        message = Message(decoder)
-        message._epoch = store.session.epoch
-        while len(self._inbox) >= _INBOX:
+        taken = False
+        try:
+            if await self._has_room(qos):
+                message = Message(decoder)
+                message._epoch = self._epoch
+                self._inbox.append(message)
+                self._inbox_bytes += len(message.payload)
+                self._arrived.set()
+                taken = True
+        finally:
+            if qos and not taken:
+                store.session.busy.discard(packet_id)  # it has to come again
+
+    async def _has_room(self, qos):
+        """Wait until the inbox has room for a message of this QoS; False if it cannot be taken.
+
+        QoS 0 is discarded at once.  For the others reading stops, and so does the broker.  But a handler that itself
+        waits for the broker would then wait for ever: after answer_ms without a step of the dispatcher the message is
+        passed over, with all that come after it.  The broker has them still, and sends them again, in order, over a
+        new connection, which is made when the inbox is empty.
+        """
+        while len(self._inbox) >= _INBOX or self._inbox_bytes >= _INBOX_BYTES:
             if not qos:
                 self.discarded += 1
-                return
+                return False
+            if self._passed_over:
+                break
             self._accepted.clear()
-            await self._accepted.wait()
-        self._inbox.append(message)
-        self._arrived.set()
+            self._blocked = True
+            try:
+                await asyncio.wait_for_ms(self._accepted.wait(), self._answer_ms)
+            except asyncio.TimeoutError:
+                self._passed_over = True
+            finally:
+                self._blocked = False
+                self._last_received = time.ticks_ms()
+        if qos and self._passed_over:
+            self.passed_over += 1
+            return False
+        return True
 
     async def _write(self):
         stream = self._stream
         buf = self._send
         store = self.store
         outbox = self._outbox
+        turn = False
         while True:
             off = 0
-            if not store.rest:
+            large = False
+            turn = not turn
+            if turn and not store.rest:  # every other turn only: neither kind can keep the other waiting for ever
                 while outbox and off + len(outbox[0]) <= len(buf):
                     data = outbox.pop(0)
                     buf[off : off + len(data)] = data
                     off += len(data)
                 if outbox and not off:  # larger than the buffer
+                    large = True
                     stream.write(outbox.pop(0))
                     await stream.drain()
-                    off = -1
-            if off >= 0:
-                off = store.fill(buf, off)
-                if off:
-                    stream.write(buf[:off])
-                    await stream.drain()
+            off = store.fill(buf, off)
             if off:
+                stream.write(buf[:off])
+                await stream.drain()
+            if off or large:
                 self._last_sent = time.ticks_ms()
                 self._sent.set()
+            elif outbox:
+                continue
             if self._leaving:
-                if not store.rest and not store.answers:
+                if not store.rest and not store.answers and not outbox:
                     stream.write(DISCONNECT_BYTES)
                     await stream.drain()
                     self._said.set()
                     return
-            elif not off:
+            elif not off and not large:
                 self._wake.clear()
                 await self._wake.wait()
 
     async def _pulse(self):
         """Keep-alive, and what is done when nothing else is: lazy records, erasing ahead."""
-        keep_alive_ms = self._broker["keep_alive_s"] * 1000
+        keep_alive_ms = self._keep_alive_ms
         store = self.store
         stored = -1
         while True:
-            await asyncio.sleep_ms(_PULSE_MS)
+            await asyncio.sleep_ms(self._pulse_ms)
+            self._attempt = 0  # only a connection that holds ends the growing of the pauses
             now = time.ticks_ms()
+            if self._blocked:  # nobody reads, so nothing can be said about the broker; but it is to hear from us
+                self._last_received = now
+                self._ping_at = None
             silent_ms = time.ticks_diff(now, self._last_received)
             if self._ping_at is not None:
                 if time.ticks_diff(now, self._ping_at) > self._answer_ms and silent_ms > self._answer_ms:
@@ -531,6 +656,7 @@ class Client:
                 self._ping_at = now
                 self._outbox.append(PINGREQ_BYTES)
                 self._wake.set()
+            self._sweep()
             if stored == store.stored:  # idle
                 store.commit()
                 store.journal.idle()
@@ -540,10 +666,15 @@ class Client:
 
     async def _request(self, topic_filter, qos):
         """Ask the broker; return the code of its SUBACK, None for an UNSUBACK.  qos: None to unsubscribe."""
-        request = _Request(topic_filter, qos)
-        self._requests.append(request)
-        if self.connected:
-            self._submit(request)
+        request = None
+        for known in self._requests:
+            if known.filter == topic_filter:
+                request = known
+        if request is None or request.qos != qos:  # else the last thing asked is this already
+            request = _Request(topic_filter, qos)
+            self._requests.append(request)
+            if self.connected:
+                self._submit(request)
         await request.event.wait()
         return request.result
 
@@ -585,7 +716,10 @@ class Client:
             if request.result > 2:
                 self.last_error = SubscribeRefused(request.filter)
             elif self._wanted.get(request.filter) == request.qos:
-                self.store.subscribed(request.filter, request.qos, request.result)
+                try:
+                    self.store.subscribed(request.filter, request.qos, request.result)
+                except JournalFull:
+                    pass  # only asked for again on the next connection
         self._requests.remove(request)
         self.store.session.requests.discard(packet_id)
         request.event.set()
@@ -603,37 +737,42 @@ class Client:
         """Hand one message after the other to the program; acknowledge it when the program is done with it."""
         inbox = self._inbox
         store = self.store
-        while True:
+        while not self._leaving:
             while not inbox:
+                if self._passed_over and self.connected:
+                    self._down.set()
                 self._arrived.clear()
                 await self._arrived.wait()
-            message = inbox.popleft()
+            self._handling = message = inbox.popleft()
+            self._inbox_bytes -= len(message.payload)
             self._accepted.set()
             self.received += 1
             if message.qos == 2:
                 message.token = store.token(message._packet_id)
-            await self._deliver(message)
+            try:
+                await self._deliver(message)
+            except Exception as e:
+                self._handler_failed(e)
             if message.qos:
                 while self.connected and not store.can_answer:
                     await self._room()
                 try:
-                    store.handled(message.qos, message._packet_id, message._epoch)
-                except (MQTTError, OSError) as e:
+                    # -1: the session it came in is over, nobody waits for an answer.
+                    epoch = store.session.epoch if message._epoch == self._epoch else -1
+                    store.handled(message.qos, message._packet_id, epoch)
+                except Exception as e:
                     store.session.busy.discard(message._packet_id)  # it has to come again
-                    self._failed(e)
-                    self._down.set()
+                    self._journal_failed(e)
                 self._wake.set()
+            self._handling = None
 
     async def _deliver(self, message):
         while True:
             for topic_filter, handler in self._handlers:
                 if matches(topic_filter, message.topic):
-                    try:
-                        result = handler(message)
-                        if hasattr(result, "send"):  # a coroutine
-                            await result
-                    except Exception as e:
-                        self._handler_failed(e)
+                    result = handler(message)
+                    if hasattr(result, "send"):  # a coroutine
+                        await result
                     return
             if self.messages.begun:
                 await self.messages.give(message)
@@ -653,7 +792,8 @@ class Client:
 class _Messages:
     """client.messages: the messages that no handler takes, by `async for`.
 
-    A message counts as handled, and is acknowledged, when the loop asks for the next one.
+    A message counts as handled, and is acknowledged, when the loop asks for the next one: a loop that is left by break
+    keeps its last message, and all that come after it, until it is begun again.  close() ends the loop.
     """
 
     def __init__(self, client):
@@ -661,26 +801,41 @@ class _Messages:
         self._ready = asyncio.Event()
         self._done = asyncio.Event()
         self._message = None
+        self._seen = False  # the program has it
         self.begun = False
+        self.ended = False
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        self._message = None
-        self._done.set()
+        if self._seen:
+            self._seen = False
+            self._message = None
+            self._done.set()
         self.begun = True
         self._client._arrived.set()
         while self._message is None:
+            if self.ended:
+                raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
+        self._seen = True
         return self._message
 
     async def give(self, message):
         self._done.clear()
         self._message = message
         self._ready.set()
-        await self._done.wait()
+        try:
+            await self._done.wait()
+        finally:
+            self._message = None
+            self._seen = False
+
+    def end(self):
+        self.ended = True
+        self._ready.set()
 
 
 class _Waiter:

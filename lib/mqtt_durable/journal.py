@@ -37,7 +37,7 @@ _STATE = const(48)
 # Kinds below 0x80 have a body of arg bytes; the others have none and arg is a number of their own.
 _TAIL = const(0x60)  # commits a sector: oldest seq u32, superseded seq u32, the owner's state
 _CLOSE = const(0xF0)  # orderly shutdown; arg: 1 + the sector erased ahead, or 0
-_OPEN = const(0xF1)  # first record after a CLOSE, so that a torn one behind it is never taken for blank flash
+_OPEN = const(0xF1)  # says nothing itself; behind a CLOSE: more was begun, behind a TAIL: the sector counts
 _LAPS = const(4)  # most sectors one append may use up: bounds the write amplification
 
 
@@ -83,8 +83,11 @@ class Journal:
         self._seed_crc = 0
         self._ready = -1  # sector erased ahead, header programmed
         self._oldest = 1  # lower seqs hold nothing live
-        self._skip = 0  # seq of the sector that the newest one replaces
+        self._tight = True  # nothing is known of the sectors that a record with reserve leaves to be given up
+        self._replaced = -1  # sector that the head was packed anew from, its header still whole
         self._usable = False
+        self._carrying = False  # the owner's carry() is under way: what it appends has room in the head
+        self._torn = False  # what copy() read does not pass its checksum
         self._closed = False
         self._next_seq = 1
         self.fresh = False  # mount() found no journal and made one
@@ -169,7 +172,7 @@ class Journal:
             crc = crc32(buf[:stop], crc)
             last = buf[stop : stop + 4]
         else:
-            crc = crc32(buf[:n], crc)
+            crc = crc32(buf[: min(n, stop)], crc)
             more = memoryview(bytearray(_PAGE))
             while n < stop:
                 k = min(_PAGE, stop - n)
@@ -180,6 +183,7 @@ class Journal:
             self._device.readblocks(sector, last, off + stop)
         if crc != unpack_from("<I", last)[0]:
             return 0
+        self._crc = crc
         return stop + 4
 
     def read(self, pos, skip, buf):
@@ -294,14 +298,16 @@ class Journal:
         if a == b:
             return
         base = self._off & ~(_PAGE - 1)
-        self._usable = False  # until the device has answered
         self._device.writeblocks(self._head, self._page[a:b], base + a)
-        self._usable = True
         self._page[a:b] = b"\xff" * (b - a)
         self._seek(base + b)
 
     def _write(self, kind, arg, parts=()):
         """Program one record at the head, which has room; return its position."""
+        if self._off + self.room_for(arg if kind < 0x80 else 0) > _SECTOR:
+            raise JournalFull("carry() has more than live() said")
+        usable = self._usable
+        self._usable = False  # until it is whole: after any exception in between the head ends in half a record
         pos = self._head << 12 | self._off
         head = bytes((kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg & 255, arg >> 8))
         crc = crc32(head, self._seed(self._head))
@@ -309,9 +315,12 @@ class Journal:
         for part in parts:
             crc = crc32(part, crc)
             self._put(part)
+        if self._torn:
+            crc ^= 0xFFFFFFFF
         # The CRC comes last: until it is programmed the record does not exist.
         self._put(bytes((crc & 255, crc >> 8 & 255, crc >> 16 & 255, crc >> 24)))
         self._program()
+        self._usable = usable
         return pos
 
     def _reopen(self):
@@ -332,10 +341,11 @@ class Journal:
             n += len(part)
         if n > self.max_body:
             raise ValueError("%d bytes are too many for the journal, at most %d" % (n, self.max_body))
-        if not self._usable:
-            raise JournalUnavailable("the journal is not mounted, or its device failed: mount it again")
-        self._reopen()
-        self._make_room(self.room_for(n), reserve, -1)
+        if not self._carrying:
+            if not self._usable:
+                raise JournalUnavailable("the journal is not mounted, or its device failed: mount it again")
+            self._reopen()
+            self._make_room(self.room_for(n), reserve)
         return self._write(kind, n, parts)
 
     def copy(self, pos):
@@ -348,40 +358,43 @@ class Journal:
             raise JournalCorrupt(pos)
         kind = self.buf[0]
         n = self.buf[2] | self.buf[3] << 8
-        if kind > 0x7F:
-            return self._write(kind, n)
         if n + 4 <= _PAGE:
             return self._write(kind, n, (self.buf[4 : 4 + n],))
-        new = self._write(kind, n, self._pieces(pos, n))
-        if self._torn:
-            raise JournalCorrupt(pos)
+        try:
+            new = self._write(kind, n, self._pieces(pos, n))
+            if self._torn:
+                raise JournalCorrupt(pos)
+        finally:
+            self._torn = False
         return new
 
     def _pieces(self, pos, n):
-        """The body of the record just loaded, in pieces; the last is spoilt if they do not pass its checksum."""
+        """The body of the record just loaded, in pieces.
+
+        They are read a second time, and cells that power failed on may read differently.  ._torn then tells that they
+        do not pass the record's checksum, and _write() programs one that nothing passes.
+        """
         crc = crc32(self.buf[:4], self._seed(pos >> 12))
         done = 0
-        while True:
-            k = min(n - done, _PAGE)
-            self.read(pos, 4 + done, self.buf[:k])
-            crc = crc32(self.buf[:k], crc)
-            done += k
-            if done == n:
-                break
-            yield self.buf[:k]
-        last = bytearray(self.buf[:k])
+        while done < n:
+            piece = self.buf[: min(n - done, _PAGE)]
+            self.read(pos, 4 + done, piece)
+            crc = crc32(piece, crc)
+            done += len(piece)
+            yield piece
         self.read(pos, 4 + n, self.buf[:4])
         self._torn = crc != unpack_from("<I", self.buf)[0]
-        yield last
 
     # -- sectors
 
     def _erase(self, sector):
         """Erase a dead sector and program its header: only then is it trusted, an erase cut short can read blank."""
-        if self._seqs[sector] == self._skip:
-            self._skip = 0
-        self._seqs[sector] = 0
+        usable = self._usable
         self._usable = False
+        if self._replaced >= 0 and self._replaced != sector:
+            self._disown(self._replaced)  # the head's TAIL, which says that it does not count, will not last
+        self._replaced = -1
+        self._seqs[sector] = 0
         self._device.ioctl(6, sector)
         self.erases += 1
         head = bytearray(b"\xff" * self._pad(_HEADER))
@@ -389,22 +402,18 @@ class Journal:
         pack_into("<HBBII", head, 0, _MAGIC, _VERSION << 4 | log2, 0xFF, self._next_seq, self._id)
         pack_into("<I", head, 12, crc32(memoryview(head)[:12]))
         self._device.writeblocks(sector, head, 0)
-        self._usable = True
+        self._usable = usable
         self._ready = sector
 
-    def _tail(self):
-        """Append the TAIL that commits the head sector."""
-        oldest = self._owner.oldest()
-        self._oldest = self.seq if oldest is None else oldest
-        head = bytearray(8)
-        pack_into("<II", head, 0, self._oldest, self._skip)
-        state = self._owner.state()
-        return self._write(_TAIL, 8 + len(state), (head, state))
+    def _switch(self, victim, leaving, doubt=()):
+        """Make the dead sector victim the head, carrying there what is live in the sector leaving, and the record
+        doubt (kind and body).  leaving may be the newest sector: it is then replaced as a whole.
 
-    def _switch(self, victim, leaving, extra):
-        """Make the dead sector victim the head, carrying there what is live in the sector leaving, and the record at
-        extra if it is not -1.  Until the TAIL is programmed the new sector does not count: a cut goes back to before.
+        Until something follows the TAIL the new sector does not count, and nothing else is erased: a cut goes back.
         """
+        usable = self._usable
+        self._usable = False
+        whole = leaving == self._head
         if self._ready != victim:
             self._erase(victim)
         self._ready = -1
@@ -413,45 +422,81 @@ class Journal:
         self._head = victim
         self._seek(self._pad(_HEADER))
         if leaving >= 0 and self._seqs[leaving] >= self._oldest:
-            self._owner.carry(leaving, self._seqs[leaving] == self._skip)
-        new = -1
-        if extra >= 0:
-            new = self._firm(extra)
-        if leaving >= 0 and self._seqs[leaving] == self._skip:
-            self._seqs[leaving] = 0  # replaced: all of it that is live was carried
-        self._tail()
-        return new
+            self._carrying = True
+            try:
+                self._owner.carry(leaving, whole)
+            finally:
+                self._carrying = False
+        if doubt:
+            self._rewrite(*doubt)
+        replaced = 0
+        if whole:  # all of it that is live was carried
+            replaced = self._seqs[leaving]
+            self._seqs[leaving] = 0
+            self._replaced = leaving
+        oldest = self._owner.oldest()
+        self._oldest = self.seq if oldest is None else oldest
+        head = bytearray(8)
+        pack_into("<II", head, 0, self._oldest, replaced)
+        state = self._owner.state()
+        self._write(_TAIL, 8 + len(state), (head, state))
+        self._usable = usable
 
-    def _make_room(self, size, reserve, extra):
+    def _disown(self, sector):
+        """Spoil the header of a sector that does not count, so that no later mount can come to trust it."""
+        self._seqs[sector] = 0
+        self._device.writeblocks(sector, bytes(self._pad(_HEADER)), 0)
+
+    def _make_room(self, size, reserve, doubt=()):
         """Make the head have room for size more bytes, or raise JournalFull before anything is erased.
 
         The oldest sector is dead, always: it becomes the head.  Then the next oldest must become dead.  If that
         cannot be, because records wait there whose order must not change, and the record to come is one that helps
         to get on (reserve 0), the head itself is packed anew.
         """
-        if self._off + size <= _SECTOR:
-            return -1
+        fits = self._off + size <= _SECTOR
+        if fits and not (reserve and self._tight):
+            return
         order = self._by_age()
+        if fits:
+            if not self._ways_out(order[1 : 1 + reserve], 0):
+                raise JournalFull("the journal is full")
+            self._tight = False
+            return
+        most = self.max_body + _OVERHEAD - self.room_for(0)
         limit = self.max_body + _OVERHEAD - size
-        for k in range(1, min(_LAPS if extra < 0 else 2, self.sectors - 1 - reserve)):
-            live = self._live(order[k])
-            if live < 0:
+        laps = _LAPS
+        if doubt:
+            limit = most - size - self.room_for(_STATE)
+            laps = 2 if self._ways_out(order[1:2], size) else 1
+        for k in range(1, min(laps, self.sectors - 1 - reserve)):
+            live = self._live(order[k], False)
+            if not 0 <= live <= most:
                 break
             if live <= limit:
-                for more in range(k + 1, k + 1 + reserve):
-                    if not 0 <= self._live(order[more]) <= self.max_body - _STATE:
-                        raise JournalFull("the journal is full")
+                if not self._ways_out(order[k + 1 : k + 1 + reserve], 0):
+                    break
                 for i in range(k - 1):
-                    self._switch(order[i], order[i + 1], -1)
-                return self._switch(order[k - 1], order[k], extra)
-        head = self._head
-        if not reserve and self._owner.live(head, True) <= limit:
-            self._skip = self._seqs[head]
-            return self._switch(order[0], head, extra)
-        raise JournalFull("the journal is full")
+                    self._switch(order[i], order[i + 1])
+                    self._write(_OPEN, 0)
+                self._switch(order[k - 1], order[k], doubt)
+                self._tight = not reserve
+                return
+        if reserve or self._owner.live(self._head, True) > limit:
+            raise JournalFull("the journal is full")
+        self._switch(order[0], self._head, doubt)
 
-    def _live(self, sector):
-        return 0 if self._seqs[sector] < self._oldest else self._owner.live(sector, False)
+    def _ways_out(self, sectors, size):
+        """Whether each of these can be given up, and what is carried then could be packed anew with size more bytes
+        and one of the records that help to get on: no way into a full journal that does not lead out again."""
+        most = self.max_body - self.room_for(0) - self.room_for(_STATE) - size
+        for s in sectors:
+            if self._live(s, False) < 0 or self._live(s, True) > most:
+                return False
+        return True
+
+    def _live(self, sector, whole):
+        return 0 if self._seqs[sector] < self._oldest else self._owner.live(sector, whole)
 
     def idle(self):
         """Erase the next sector ahead of need, when the head is three quarters full.  May block for 45-400 ms."""
@@ -478,55 +523,64 @@ class Journal:
         if self.fresh:
             self._make()
             return
-        last, kind, end, junk, unfinished = found
+        begin, last, kind, arg, end, junk, damaged, unfinished = found
         head = self._head
-        ready_seq = self._seqs[self._last_arg - 1] if 0 < self._last_arg <= self.sectors else 0
-        for s in range(self.sectors):
-            if ids[s] != self._id or units[s] != self._unit or s in unfinished or self._seqs[s] == self._skip:
-                self._seqs[s] = 0
         clean = kind == _CLOSE and junk == end
-        self._seek(end)
-        sector = self._after(self._oldest - 1)
-        while True:
-            # The newest record may be in doubt: it is judged once, in _settle().
-            stop = _SECTOR if sector != head else end if clean else last & 0xFFF
-            self.damaged += self._scan(sector, stop, self._replay)[2]
-            if sector == head:
-                break
-            sector = self._after(self._seqs[sector])
-        self._usable = True
-        self._closed = clean
-        for s in unfinished:
-            if clean and s + 1 == self._last_arg:
+        for s in range(self.sectors):
+            if ids[s] == self._id and units[s] == self._unit and s not in unfinished:
+                if self._seqs[s] == self._skip:
+                    self._replaced = s
+                    self._seqs[s] = 0
+            elif clean and s + 1 == arg and s in unfinished:
                 self._ready = s
-                self._next_seq = ready_seq
-            elif ids[s] == self._id:
-                # It may be a torn carry.  Without its header it can never be taken for a whole one again.
-                self._device.writeblocks(s, bytes(self._pad(_HEADER)), 0)
+                self._next_seq = self._seqs[s]
+                self._seqs[s] = 0
+            elif not clean or s in unfinished:
+                # Half erased or half programmed, its header or its TAIL may be read differently the next time.
+                self._disown(s)
+            else:
+                self._seqs[s] = 0
+        self.damaged = damaged
+        sector = self._after(self._oldest - 1)
+        while sector != head:
+            self.damaged += self._scan(sector, _SECTOR, self._replay)[2]
+            sector = self._after(self._seqs[sector])
+        # The newest record may be in doubt, and be there more than once: it is judged once, in _settle().
+        self._scan(head, begin if kind < _TAIL else end, self._replay)
+        self._seek(end)
         if not clean:
-            self._settle(last, kind, end, junk)
+            self._settle(begin, last, kind, end, junk)
+        self._closed = clean
+        self._usable = True
 
     def format(self, owner):
-        """Forget all records and begin a new journal, which mount() will never mix up with the old one."""
-        self._read_headers(owner)
-        self._make()
+        """Forget all records and begin a new journal, which mount() will never mix up with the old one.
 
-    def _make(self):
+        Of a journal that is mounted a power cut leaves all or nothing.
+        """
+        dead = self._by_age()[0] if self._usable else -1
+        self._read_headers(owner)
+        self._make(dead)
+
+    def _make(self, victim=-1):
         self._unit = self._prog_size
         self._id = unpack_from("<I", self._urandom(4))[0]
         self._seed_seq = -1
         self._oldest = self._next_seq
-        victim = self._by_age()[0]
+        if victim < 0:
+            victim = self._by_age()[0]
         for s in range(self.sectors):
             self._seqs[s] = 0
-        self._switch(victim, -1, -1)
+        self._switch(victim, -1)
+        self._write(_OPEN, 0)
+        self._usable = True
 
     def _read_headers(self, owner):
         """Begin anew: fill _seqs; return the units and journal ids of all sectors, 0 without a valid header."""
         self._owner = owner
-        self._ready = -1
-        self._skip = 0
-        self._closed = False
+        self._ready = self._replaced = -1
+        self._usable = self._carrying = self._closed = False
+        self._tight = True
         self._page[:] = b"\xff" * _PAGE
         self.damaged = 0
         ids = array("I", bytes(4 * self.sectors))
@@ -537,7 +591,7 @@ class Journal:
             self._seqs[s] = 0
             self._device.readblocks(s, head, 0)
             magic, version, _, seq, unique, crc = unpack_from("<HBBIII", head)
-            if magic == _MAGIC and crc == crc32(head[:12]) and version >> 4 == _VERSION and seq < 0x3FFFFFFF:
+            if magic == _MAGIC and crc == crc32(head[:12]) and version >> 4 == _VERSION and seq < 0x3FFFFFFF and version & 15 in (2, 4, 8):
                 self._seqs[s] = seq
                 ids[s] = unique
                 units[s] = 1 << (version & 15)
@@ -546,16 +600,21 @@ class Journal:
         return units, ids
 
     def _note(self, pos, kind):
+        key = bytes(self.buf[:4]), self._crc
+        if key != self._key:
+            self._key = key
+            self._begin = self._end
         self._last = pos
         self._last_kind = kind
         self._last_arg = self.buf[2] | self.buf[3] << 8
+        self._end = (pos & 0xFFF) + self.room_for(self._last_arg if kind < 0x80 else 0)
         if kind == _TAIL:
-            self._tail_oldest, self._tail_skip = unpack_from("<II", self.buf, 4)
-            self._tail_state = bytes(self.buf[12 : 4 + self._last_arg])
+            self._oldest, self._skip = unpack_from("<II", self.buf, 4)
 
     def _find_head(self, units, ids):
-        """Set _head, _unit, _id, _oldest and _skip.  Return (position and kind of the last record, end, junk, sectors
-        begun after it but never committed); None if there is no journal."""
+        """Set _head, _unit, _id, _oldest and _skip.  Return None if there is no journal, or about the head:
+        offset behind the last record but one, copies of the last not counted; position, kind and arg of the last; end,
+        junk, damaged; the sectors begun after the head but never committed."""
         found = None
         unfinished = []
         for s in reversed(self._by_age()):
@@ -564,25 +623,23 @@ class Journal:
             self._id = ids[s]
             self._unit = units[s]
             self._seed_seq = -1
-            self._tail_oldest = 0
-            self._last = self._start_of(s)
-            self._last_kind = 0
+            self._oldest = self._last = self._last_kind = self._last_arg = 0
+            self._key = None
+            self._end = self._pad(_HEADER)
             end, junk, damaged = self._scan(s, _SECTOR, self._note)
             if not found:
-                if not self._tail_oldest and not damaged:
-                    # Without a TAIL it holds nothing but copies.  (With a damaged one, records come after it.)
+                if not damaged and (not self._oldest or self._last_kind == _TAIL and junk == end):
+                    # Nothing behind its TAIL: it holds only copies, and all that they were made from is still there.
+                    # The TAIL may be one that is read differently the next time.  (Nor is it damaged: records follow.)
                     unfinished.append(s)
                     continue
                 self._head = s
-                self._oldest = 1
-                arg = self._last_arg
-                found = self._last, self._last_kind, end, junk, unfinished
-            if self._tail_oldest:
-                self._oldest = self._tail_oldest
-                self._skip = self._tail_skip
+                found = self._begin, self._last, self._last_kind, self._last_arg, end, junk, damaged, unfinished
+            if self._oldest:
                 break
-        if found:
-            self._last_arg = arg
+        else:
+            self._oldest = 1  # every TAIL is damaged: read all there is
+            self._skip = 0
         return found
 
     def _replay(self, pos, kind):
@@ -591,45 +648,60 @@ class Journal:
         elif kind < _TAIL:
             self._owner.replay(kind, pos)
 
-    def _firm(self, pos):
-        """Program the record at pos again and let the owner have it; return its new position, or -1: it is not whole."""
-        try:
-            new = self.copy(pos)
-        except JournalCorrupt:
-            return -1
-        if self.load(new):
-            self._replay(new, self.buf[0])
-        return new
+    def _rewrite(self, kind, body):
+        """Program a record that was in doubt once more, and let the owner have it."""
+        pos = self._write(kind, len(body), (body,))
+        if self.load(pos):
+            self._replay(pos, kind)
 
-    def _settle(self, last, kind, end, junk):
+    def _settle(self, begin, last, kind, end, junk):
         """After a cut: whatever the last program left half done reads the same from now on.
 
-        end: behind the last valid record, which is the one at last.  junk: behind the last byte that may be torn.
-        Order: first nothing torn can come back to life, then the last record is programmed once more on pages that
-        nothing was torn in, and only then is it believed.
+        The last valid record, which is of that kind, lies at last and perhaps in other places from begin to end.
+        junk: behind the last byte that may be torn.
+        Order: first nothing torn can come back to life, then the last record is programmed once more, on a page that
+        nothing was torn in, and only then is it believed.  This may be cut, and begin again, any number of times.
         """
-        self._zero(last >> 12, end, junk)
-        self._seek(min((junk // _PAGE + 1) * _PAGE, _SECTOR))
-        if kind == _TAIL:
-            self._owner.restore(self._tail_state)
-            if self._off + self.room_for(8 + _STATE) <= _SECTOR:
-                self._tail()
+        # What was torn begins at end, or at the page behind the zeros of a mount that was cut itself.  It need not
+        # show.  But for what shows it lies in one page; behind that the cells are good.
+        free = min((junk // _PAGE + 1) * _PAGE, _SECTOR)
+        self._zero(self._head, end, free)
+        self._seek(free)
+        if kind >= _TAIL:
             return
-        if kind == _CLOSE:
-            return  # something was begun behind it, so it is whole
-        size = self._pad(end - (last & 0xFFF))
+        body = self._find(self._head << 12, begin, end)
+        if body is None:
+            self._zero(self._head, begin, end)
+            return
+        size = self.room_for(len(body))
+        if free + size <= _SECTOR:
+            self._rewrite(kind, body)
+            return
         try:
-            new = self._firm(last) if self._off + size <= _SECTOR else self._make_room(size, 0, last)
+            self._make_room(size, 0, (kind, body))
+            self._write(_OPEN, 0)
         except JournalFull:
-            new = last
-            if self.load(last):
-                self._replay(last, kind)
-        if new < 0:
-            self._zero(last >> 12, last & 0xFFF, end)
+            # In place.  With a 256-byte unit this is the one time that a page with a record in it is at stake.
+            self._seek(last & 0xFFF)
+            self._rewrite(kind, body)
+            self._seek(free)
+
+    def _find(self, base, off, end):
+        """The body of the record _key, as one read of it found it whole; None if there is none left in off..end."""
+        while off < end:
+            size = self.load(base | off)
+            if size and self._key == (bytes(self.buf[:4]), self._crc):
+                record = bytearray(size)
+                self.read(base | off, 0, record)
+                crc = crc32(memoryview(record)[: size - 4], self._seed(self._head))
+                if crc == self._key[1] == unpack_from("<I", record, size - 4)[0]:
+                    return memoryview(record)[4 : size - 4]
+            off += self._gap(off)
+        return None
 
     def _zero(self, sector, a, b):
-        """Program zeros over bytes a..b of a sector."""
+        """Program zeros over bytes a..b of a sector, the last page first: the first tells how much there is."""
         while a < b:
-            n = min(b, (a // _PAGE + 1) * _PAGE) - a
-            self._device.writeblocks(sector, bytes(n), a)
-            a += n
+            n = b - max(a, (b - 1) & -_PAGE)
+            b -= n
+            self._device.writeblocks(sector, bytes(n), b)

@@ -204,9 +204,10 @@ class Decoder:
     Read from the socket into space(), tell fed(n), then call next() until it returns 0.  What next() leaves in the
     fields below is valid until the next call of space() or next().
 
-    size: bytes of the buffer.  limit: the largest packet taken whole, in bytes; the buffer grows to such a packet and
-    shrinks again.  A larger PUBLISH is announced with .payload None and its bytes are passed over as they come, so
-    that it can be acknowledged and does not come back for ever; any other larger packet is a ProtocolError.
+    size: bytes of the buffer, at least 8.  limit: the largest packet taken whole, in bytes; the buffer grows to such
+    a packet and shrinks again.  A larger PUBLISH is announced with .payload None and its bytes are passed over as
+    they come, so that it can be acknowledged and does not come back for ever; any other larger packet is a
+    ProtocolError.
     """
 
     def __init__(self, size=512, limit=4096):

@@ -58,12 +58,13 @@ class Session:
         self.out = {}  # packet identifier -> where << 2 | state, of messages in the window
         self.held = {}  # inbound QoS 2: packet identifier -> where, until PUBREL
         self.busy = set()  # inbound: delivered, the handler has not returned
+        self._unasked = set()  # of these, what the broker has not sent on this connection: no answer is due
         self.requests = set()  # identifiers of SUBSCRIBE and UNSUBSCRIBE under way: the same space
         self.epoch = 0  # which session at the broker; handlers finish in the one they began in
         self.unknown = 0  # acknowledgements of nothing
 
     def new_id(self):
-        """Return the next free packet identifier, 1-65535 [MQTT-2.3.1-1, -2].
+        """Return the next free packet identifier, 1-65535 [MQTT-2.3.1-1, -2]; the caller then makes it .newest.
 
         Raises JournalFull when an unacknowledged message is nearly a whole round of identifiers old.
         """
@@ -75,7 +76,6 @@ class Session:
                     if 0 < self.ahead(old, packet_id) < _AHEAD:
                         raise JournalFull("no free packet identifier: message %d was never acknowledged" % old)
             if packet_id not in self.requests and packet_id not in self.out:
-                self.newest = packet_id
                 return packet_id
 
     def request_id(self):
@@ -127,6 +127,7 @@ class Session:
         """A QoS 1 or 2 PUBLISH came: return 0 to deliver it, else it is a duplicate to be answered with that packet
         (-1: not now, the handler still has it).  Raises ProtocolError beyond 256 unfinished messages."""
         if packet_id in self.busy:
+            self._unasked.discard(packet_id)
             return -1
         if qos == 2 and packet_id in self.held:
             return TRANSITIONS[HELD << 4 | PUBLISH] & 15
@@ -140,10 +141,17 @@ class Session:
         if epoch != self.epoch:
             return 0
         self.busy.discard(packet_id)
+        # The broker will send it again.  An answer to both would be one too many, perhaps to a message not yet sent.
+        due = packet_id not in self._unasked
+        self._unasked.discard(packet_id)
         if qos == 1:
-            return PUBACK
+            return PUBACK if due else 0
         self.held[packet_id] = -1
-        return RECEIVED << 4 | PUBREC
+        return RECEIVED << 4 | (PUBREC if due else 0)
+
+    def disconnected(self):
+        """The connection is over, and with it what was to be answered on it."""
+        self._unasked = set(self.busy)
 
     def renew(self):
         """The broker has no session (any more): what is not yet its own is to be sent as new, the rest is over."""
@@ -151,4 +159,5 @@ class Session:
             del self.out[packet_id]
         self.held.clear()
         self.busy.clear()
+        self._unasked.clear()
         self.epoch += 1

@@ -22,12 +22,18 @@ _SUB = const(0x20)  # | requested QoS << 2 | granted QoS: a topic filter the bro
 _FACTS = const(0x30)  # entries
 _SYNC = const(0x31)  # all identifiers that are live up to here
 _UNSUB = const(0x32)  # a topic filter that is no longer subscribed
-_SESSION = const(0x33)  # identity u32: a new session at the broker begins
+_SESSION = const(0x33)  # identity u32, received u16: a new session at the broker begins
 
-_ENTRY = const(3)  # type u8, packet identifier u16; RECEIVED: and the count of messages received, u16
+# Entries beside those of session: of no one message.
+_DROPPED = const(5)  # all messages up to this packet identifier that come after the second one
+_ASKED = const(6)  # CONNECT goes out
+_TOLD = const(7)  # CONNACK told that the broker has the session; 1: but it is not known which, so no subscription counts
+_ENTRY = const(3)  # type u8, packet identifier u16; RECEIVED: and the count of messages received, _DROPPED: see there, u16
 _PENDING = const(48)
 _ANSWERS = const(256)
-_FORMAT = "<IBqHH"  # identity, has a mark, mark, newest packet identifier, received
+_MOST_QUEUED = const(60000)  # of 65535 packet identifiers
+_FORMAT = "<IBqHH"  # identity, 1: has a mark | 2: asked, mark, newest packet identifier, received
+_LEAP = const(16)  # more than messages can be handled and not yet recorded
 
 
 def identity(client_id, host, port):
@@ -58,10 +64,13 @@ class Store:
         self.mark = None
         self.identity = 0
         self.received = 0  # QoS 2 messages received, modulo 65536
+        self._counted = 0  # of these, recorded as received: all that a snapshot may say
         self.queued = 0  # messages behind the window
         self._cursor = -1  # where to look for the first of them
         self._taken = 0  # packet identifier taken from there last
         self._begun = False  # replay has come to the first snapshot
+        self._asked = False  # CONNECT has gone out, no CONNACK has come
+        self._doubt = False  # and so it was before that CONNECT
         self._used = 0  # bytes of _pending
         self._urgent = False  # an answer waits for _pending
         self.disconnected()
@@ -88,34 +97,32 @@ class Store:
         if self._urgent:
             self.commit()
         journal = self.journal
-        n = 1 + self._used + (8 if mark is not None else 0) + 4 + len(topic_name) + len(payload)
-        if n - self._used > journal.max_body:
+        size = len(topic_name) + len(payload)
+        rest = 5 + (8 if mark is not None else 0)
+        if rest + size > journal.max_body:
             raise ValueError(
                 "topic and payload have %d bytes, the journal holds messages of at most %d"
-                % (len(topic_name) + len(payload), journal.max_body - (n - self._used - len(topic_name) - len(payload)))
+                % (size, journal.max_body - rest)
             )
-        if n > journal.max_body:
-            self.commit()
-        newest = self.session.newest
+        if self.queued >= _MOST_QUEUED:
+            raise JournalFull("no free packet identifier: %d messages wait" % self.queued)
         packet_id = self.session.new_id()
-        n = len(topic_name)
-        head = bytearray(1 + self._used + (8 if mark is not None else 0) + 2)
-        head[0] = self._used
-        head[1 : 1 + self._used] = memoryview(self._pending)[: self._used]
-        if mark is not None:
-            head[1 + self._used : -2] = pack("<q", mark)
-        head[-2] = n >> 8
-        head[-1] = n & 255
         kind = _PUB | qos << 1 | (1 if retain else 0) | (8 if mark is not None else 0)
-        parts = (head, topic_name, bytes((packet_id >> 8, packet_id & 255)), payload)
         while True:
             try:
+                if rest + size + self._used > journal.max_body:
+                    self.commit()
+                head = bytes((self._used,)) + self._pending[: self._used]
+                if mark is not None:
+                    head += pack("<q", mark)
+                parts = (head, pack(">H", len(topic_name)), topic_name, pack(">H", packet_id), payload)
                 pos = journal.append(kind, parts, 1)
                 break
             except JournalFull:
                 if not self._drops or not self._drop():
-                    self.session.newest = newest
                     raise
+        # Not before: a snapshot taken on the way must not count this message among those before it.
+        self.session.newest = packet_id
         self._recorded(pos)
         self._new(packet_id, pos, qos, 0)
         self.stored += 1
@@ -196,13 +203,16 @@ class Store:
         """Drop the queued messages of the oldest sector that has any; False if there is none."""
         if not self.queued:
             return False
+        self._ready()
+        before = self._taken
         seq = self.journal.seq_of(self._cursor)
         while self.queued and self._cursor >= 0 and self.journal.seq_of(self._cursor) == seq:
-            # No record says so: they are gone when their sector is.  A cut before that brings them back, unharmed.
             if self._find() >= 0:
                 self.dropped += 1
                 if self._finished:
                     self._finished(self._taken, False)
+        # It rides with the message they make room for.  A cut before that brings them back, unharmed.
+        self._note(_DROPPED, self._taken, before)
         return True
 
     def fill(self, buf, off):
@@ -289,6 +299,19 @@ class Store:
 
     # -- the connection
 
+    def connecting(self):
+        """To be called before a CONNECT that is not clean goes out.  Raises JournalFull, OSError.
+
+        The broker may have lost the session and make a new one, and its CONNACK, or the record of it, may be lost,
+        too.  The next CONNACK says "session present" then, but the subscriptions are gone.
+        """
+        self._doubt = self._asked
+        if self.subscriptions and not self._asked:
+            self._ready()
+            self._note(_ASKED, 0)
+            self.commit()
+            self._asked = True
+
     def connected(self, session_present, identity):
         """CONNACK came.  Everything unfinished goes out again, in order, before anything new.
 
@@ -298,6 +321,13 @@ class Store:
         self.disconnected()
         if not session_present:
             self.begin(identity)
+        elif self._asked:
+            self._ready()
+            self._note(_TOLD, self._doubt)
+            if self._doubt:
+                self.commit()
+                self.subscriptions.clear()
+            self._asked = False
         self._resend = self.session.order()
         self._dup = session_present
         self.online = True
@@ -305,19 +335,24 @@ class Store:
     def begin(self, identity):
         """Record that a new session begins at the broker: nothing of an older one counts any more."""
         self.commit()
-        self.journal.append(_SESSION, (pack("<I", identity),))
-        self._renew(identity)
+        # A message that was handled but not recorded never comes again: none of the new ones may have its token.
+        received = self.received + _LEAP & 0xFFFF
+        self.journal.append(_SESSION, (pack("<IH", identity, received),))
+        self._renew(identity, received)
 
-    def _renew(self, identity):
+    def _renew(self, identity, received):
         gone = [p for p in self.session.out if self.session.out[p] & 3 == REL] if self._finished else ()
         self.session.renew()
         self.subscriptions.clear()
+        self._asked = False
         self.identity = identity
+        self.received = self._counted = received
         for packet_id in gone:  # the broker has had them
             self._finished(packet_id, True)
 
     def disconnected(self):
         """The connection is over: nothing half sent is continued, no answer is owed."""
+        self.session.disconnected()
         self._resend = ()
         self._again = 0
         self._dup = False
@@ -344,7 +379,7 @@ class Store:
         elif record:
             if record == RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
-            self._note(record, packet_id)
+            self._note(record, packet_id, self.received)
             self._urgent = True
         if action & 15 and self.online:
             self.answers = put_ack(self._answers, self.answers, action & 15, packet_id)
@@ -398,16 +433,16 @@ class Store:
         if self._used + _ENTRY + 2 > _PENDING:
             self.commit()
 
-    def _note(self, record, packet_id):
+    def _note(self, record, packet_id, more=0):
         i = self._used
         pending = self._pending
         pending[i] = record
         pending[i + 1] = packet_id & 255
         pending[i + 2] = packet_id >> 8
         i += _ENTRY
-        if record == RECEIVED:
-            pending[i] = self.received & 255
-            pending[i + 1] = self.received >> 8
+        if record == RECEIVED or record == _DROPPED:
+            pending[i] = more & 255
+            pending[i + 1] = more >> 8
             i += 2
         self._used = i
 
@@ -422,15 +457,24 @@ class Store:
             self._apply(self._pending, self._used, pos, False)
             self._urgent = False
         self._used = 0
+        self._counted = self.received
 
-    def _apply(self, entries, n, pos, replay):
-        """Note where the entries of a record at pos stand; replay: let them happen, too."""
+    def _apply(self, entries, n, pos, replay, limit=0):
+        """Note where the entries of a record at pos stand; replay: let them happen, too.
+
+        limit: they are all about messages older than the one with this packet identifier.
+        """
         session = self.session
         i = 0
         while i + _ENTRY <= n:
             record = entries[i]
             packet_id = entries[i + 1] | entries[i + 2] << 8
             i += _ENTRY
+            if limit and (
+                record > _DROPPED or session.ahead(session.newest, packet_id) < session.ahead(session.newest, limit)
+            ):
+                i += 2 if record == _DROPPED else 0
+                continue
             if replay:
                 while self._is_queued(packet_id) and record in (DONE, RELEASED):
                     if not self._take():
@@ -445,22 +489,46 @@ class Store:
                 if replay or packet_id in session.held:
                     session.held[packet_id] = pos
                 if replay:
-                    self.received = entries[i] | entries[i + 1] << 8
+                    self.received = self._counted = entries[i] | entries[i + 1] << 8
                 i += 2
-            elif record == INDONE and replay:
+            elif record == _DROPPED:
+                before = entries[i] | entries[i + 1] << 8
+                i += 2
+                if replay:
+                    span = session.ahead(packet_id, before)
+                    for p in [p for p in session.out if 0 < session.ahead(p, before) <= span]:
+                        del session.out[p]
+                    while self._is_queued(packet_id) and self._find() >= 0:
+                        pass
+            elif not replay:
+                pass
+            elif record == INDONE:
                 session.held.pop(packet_id, None)
+            elif record == _ASKED:
+                self._asked = True
+            elif record == _TOLD:
+                self._asked = False
+                if packet_id:
+                    self.subscriptions.clear()
 
     # -- what the journal asks of its owner
 
     def state(self):
         mark = self.mark
         return pack(
-            _FORMAT, self.identity, mark is not None, mark or 0, self.session.newest, self.received
+            _FORMAT,
+            self.identity,
+            (mark is not None) | self._asked << 1,
+            mark or 0,
+            self.session.newest,
+            self._counted,
         )
 
     def restore(self, state):
-        self.identity, has_mark, mark, newest, self.received = unpack_from(_FORMAT, state)
-        self.mark = mark if has_mark else None
+        self.identity, flags, mark, newest, self.received = unpack_from(_FORMAT, state)
+        self.mark = mark if flags & 1 else None
+        self._asked = bool(flags & 2)
+        self._counted = self.received
         if not self._begun:
             # Whatever was queued before this sector is finished, or its sector would be read.
             self._begun = True
@@ -473,13 +541,14 @@ class Store:
         elif kind & 0xF0 == _SUB:
             self.subscriptions[str(self._body(pos), "utf-8")] = pos << 4 | kind & 15
         elif kind == _FACTS:
-            self._apply(bytes(buf[4 : 4 + buf[2]]), buf[2], pos, True)
+            body = self._body(pos)
+            self._apply(body, len(body), pos, True)
         elif kind == _SYNC:
             self._replay_sync(self._body(pos))
         elif kind == _UNSUB:
             self.subscriptions.pop(str(self._body(pos), "utf-8"), None)
         elif kind == _SESSION:
-            self._renew(unpack_from("<I", buf, 4)[0])
+            self._renew(*unpack_from("<IH", buf, 4))
 
     def _body(self, pos):
         """The whole body of the record just loaded from pos."""
@@ -494,14 +563,16 @@ class Store:
         entries = bytes(buf[5 : 5 + n])
         packet_id = self._packet_id(pos)
         mark = unpack_from("<q", buf, 5 + n)[0] if kind & 8 else None
-        self._apply(entries, n, pos, True)
         qos = kind >> 1 & 3
-        if session.is_new(packet_id):
+        new = self._begun and session.is_new(packet_id)
+        # In an old record, carried over or programmed twice, an entry may name an identifier that is in use again.
+        self._apply(entries, n, pos, True, 0 if new or not self._begun else packet_id)
+        if new:
             session.newest = packet_id
             self._new(packet_id, pos, qos, self._most)
             if mark is not None:
                 self.mark = mark
-        elif not self._is_queued(packet_id):  # carried over from an older sector, or programmed twice
+        elif not self._is_queued(packet_id):
             if session.out.get(packet_id, 0) & 3 != REL:
                 session.out[packet_id] = pos << 2 | qos
 
@@ -587,7 +658,7 @@ class Store:
         if released or received:
             entries = b"".join(
                 [pack("<BH", RELEASED, p) for p in released]
-                + [pack("<BHH", RECEIVED, p, self.received) for p in received]
+                + [pack("<BHH", RECEIVED, p, self._counted) for p in received]
             )
             pos = journal.append(_FACTS, (entries,))
             for packet_id in released:
