@@ -129,7 +129,6 @@ class Client:
         self._said = asyncio.Event()  # DISCONNECT has gone out
         self._leaving = False
         self._attempt = 0
-        self._unsure = False  # a CONNECT was never answered: it may have begun a session we have not heard of
         self._renewing = False  # the broker said that it has no session, and that is not recorded yet
         self._epoch = 0  # counts the sessions at the broker: a message belongs to the one it came in
         self._last_sent = self._last_received = 0
@@ -428,6 +427,7 @@ class Client:
                 self._stream.write(DISCONNECT_BYTES)
                 await self._stream.drain()
                 self._hang_up()
+            store.connecting()
             await asyncio.wait_for_ms(self._handshake(self._clean), self._answer_ms)
             # Once it has said that it has none, what it has the next time is a new one, until we have recorded that.
             self.session_present = self._decoder.session_present and not self._renewing
@@ -483,11 +483,9 @@ class Client:
 
     async def _handshake(self, clean):
         """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2)."""
-        unsure = self._unsure
         self._stream = stream = dial(self._broker["host"], self._broker["port"], self._attempt)
         stream.write(self._connect_packet(clean))
         await stream.drain()
-        self._unsure = True
         decoder = self._decoder
         decoder.reset()
         while True:
@@ -497,13 +495,8 @@ class Client:
             await self._receive(stream)
         if kind != CONNACK:
             raise ProtocolError("packet type %d before CONNACK" % kind)
-        self._unsure = unsure
         if decoder.return_code:
             raise ConnectRefused(decoder.return_code)
-        self._unsure = False
-        if unsure and decoder.session_present:
-            # It may be one that an unanswered CONNECT of ours began: nothing is known to be subscribed in it.
-            self.store.subscriptions.clear()
 
     async def _receive(self, stream):
         n = await stream.readinto(self._decoder.space())
