@@ -39,15 +39,15 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MESSAGES = 400
-CUTS = 20
+MESSAGES = 1000
+CUTS = 50
 
 # The device.  Times of the flash: the longest page program and the typical erase of a W25Q data sheet.
 HEAP = "512K"
 PROGRAM_US = 3000
 ERASE_MS = 45
 LINK_DELAY_MS = 5  # each way
-PAUSE_MS = 20
+PAUSE_MS = 50
 BURST = 24
 FILL = "made-up readings of a sensor that does not exist, padded...."
 
@@ -86,7 +86,7 @@ _CUT_AT = {
         (px.DOWN, px.PUBCOMP),
     ],
 }
-_LINK_FAULTS = ("packet", "packet", "packet", "packet", "byte", "reset", "end", "away", "half-open")
+_LINK_FAULTS = ("packet", "reset", "packet", "byte", "packet", "half-open", "packet", "end", "packet", "away")
 
 
 class Stuck(Exception):
@@ -111,12 +111,14 @@ def find_micropython():
 class FarSide:
     """A subscriber with a persistent session at QoS 2, so that it neither loses nor doubles anything itself."""
 
-    def __init__(self, port, topic):
+    def __init__(self, port, topic, tell):
+        """tell: called with a line for each message."""
         self.arrived = []  # numbers in order of arrival
         self.strange = []  # messages that the device cannot have sent
         self.last = 0.0  # time.monotonic() of the newest
         self.seen = set()
         self._topic = topic
+        self._tell = tell
         self._ready = threading.Event()
         self._ends = {}
         self._client = client = mqtt.Client(
@@ -144,6 +146,7 @@ class FarSide:
             return
         number = message.payload[:7]
         n = int(number) if number.isdigit() else 0
+        self._tell("far  PUBLISH id %d: %s" % (message.mid, number.decode(errors="replace")))
         if message.payload != payload_of(n):
             self.strange.append(repr(message.payload))
             return
@@ -286,13 +289,15 @@ class Trial:
         self._power = random.Random("power %s %d" % (seed, qos))
         self._net = random.Random("net %s %d" % (seed, qos))
         restarts = -(-cuts // 10)
-        self._faults = [self._net.choice(_LINK_FAULTS) for _ in range(cuts // 2)] + ["broker"] * restarts
+        links = [_LINK_FAULTS[i % len(_LINK_FAULTS)] for i in range(cuts // 2)]
+        self._faults = links + ["broker"] * restarts
         self._net.shuffle(self._faults)
         self._due = sorted(int(self._net.random() * messages * 0.95) for _ in self._faults)
         self._micropython = micropython
         self._tell = tell
         self._stop = threading.Event()
         self._step = None  # the generator of the fault that is going on
+        self._hold = False  # a half-open link, for the device to notice
         self._news = None
         self._wire = None
         self._began = 0.0
@@ -338,7 +343,7 @@ class Trial:
             stack.callback(self._save_log, broker)
             proxy = self._proxy = stack.enter_context(px.Proxy(broker.port, on_packet=self._on_packet))
             proxy.delay(LINK_DELAY_MS)
-            self.far = FarSide(broker.port, self.topic)
+            self.far = FarSide(broker.port, self.topic, self._log)
             stack.callback(self.far.close)
             config = {
                 "wifi": None,
@@ -382,9 +387,18 @@ class Trial:
             text = "session present %d, return code %d" % (packet[2], packet[3])
         elif len(packet) == 4:
             text = "id %d" % int.from_bytes(packet[2:4], "big")
-        now = time.monotonic() - self._began
         name = _TYPE_NAMES.get(kind, kind)
-        self._wire.write("%9.4f %-4s %s flags %d %s\n" % (now, direction, name, packet[0] & 15, text))
+        self._log("%-4s %s flags %d %s" % (direction, name, packet[0] & 15, text))
+
+    def _log(self, line):
+        """Note a line in wire.log, beside the time.  Called by two threads."""
+        if not self._wire.closed:
+            self._wire.write("%9.4f %s\n" % (time.monotonic() - self._began, line))
+
+    @property
+    def _progress(self):
+        """Messages done: a message counts half when it is published and half when it is delivered."""
+        return (self.published + self.delivered) // 2
 
     # -- time
 
@@ -393,7 +407,7 @@ class Trial:
         if self._stop.wait(_STEP_S):
             raise Stopped
         if self._step is None and self._faults:
-            if self.delivered >= self._due[0] or self.device.done:
+            if self._progress >= self._due[0] or self.device.done:
                 self._due.pop(0)
                 self._step = self._fault(self._faults.pop(0))
         if self._step is not None and next(self._step, self) is self:
@@ -436,7 +450,7 @@ class Trial:
             self._until(lambda: device.done and not self._faults and self._step is None)
             return True
         # So that the cuts are spread over what there is still to do.
-        mean = (self.messages - self.delivered) / (left + 1)
+        mean = (self.messages - self._progress) / (left + 1)
         early = rng.random() < 0.25
         if rng.random() < 0.5:
             # Programs per message: one to store it, at QoS 2 another one for a few PUBRECs.
@@ -488,8 +502,9 @@ class Trial:
             before = self._connects()
             patience_s = self._patience()
             self._until(lambda: self._connects() > before, patience_s)
-            goal = self.delivered + steps
-            self._until(lambda: self.delivered >= goal or device.done, patience_s)
+            goal = self._progress + steps
+            self._until(lambda: self._progress >= goal or device.done, patience_s)
+            self._until(lambda: not self._hold)
             self._until(lambda: False, wait_s)
             where = "at %d" % self.published
         if hidden and self._step is None:
@@ -543,18 +558,22 @@ class Trial:
             self.link_cuts += 1
             self._say("link cut " + text)
         elif kind == "half-open":
-            while not proxy.open_links:
+            while not (self.device.begun and proxy.open_links):
                 yield
             gone = proxy.counters()["closed_by_device"]
+            life = self.device.life
             proxy.swallow()
+            self._hold = True
             self._say("link half open: everything is swallowed")
-            deadline = time.monotonic() + _OUTAGE_S
-            while proxy.counters()["closed_by_device"] == gone and time.monotonic() < deadline:
+            began = time.monotonic()
+            while proxy.counters()["closed_by_device"] == gone and time.monotonic() < began + _OUTAGE_S:
                 yield
+            self._hold = False
             proxy.accept()
             proxy.cut()
             self.link_cuts += 1
-            self._say("link whole again")
+            who = "the device gave it up" if life == self.device.life and self.device.alive else "the power was cut"
+            self._say("link whole again: %s after %.1f s" % (who, time.monotonic() - began))
         else:
             yield from self._cut_now(kind != "end")
             text = "link cut by %s" % ("FIN" if kind == "end" else "RST")
@@ -722,8 +741,8 @@ def show(trials, news, console):
                 progress.update(bar, completed=getattr(trial, word))
 
 
-def run(messages, cuts, seed, console, qualities=(1, 2)):
-    """Run the demo; return (trials, failures, directory of the logs or None)."""
+def run(messages, cuts, seed, console, qualities=(1, 2), keep=False):
+    """Run the demo; return (trials, failures, directory of the logs or None if they are not kept)."""
     micropython = find_micropython()
     if not micropython:
         raise Stuck("there is no micropython: name it with MICROPYTHON=path")
@@ -748,13 +767,18 @@ def run(messages, cuts, seed, console, qualities=(1, 2)):
         for thread in threads:
             thread.start()
         show(trials, news, console)
+    except KeyboardInterrupt:
+        keep = None  # of a demo that was stopped nothing is left
+        raise
     finally:
         for trial in trials:
             trial.stop()
         for thread in threads:
             thread.join()
+        if keep is None:
+            shutil.rmtree(home, ignore_errors=True)
     failures = ["QoS %d: %s" % (trial.qos, line) for trial in trials for line in trial.verdict()[1]]
-    if not failures:
+    if not failures and not keep:
         shutil.rmtree(home, ignore_errors=True)
         home = None
     return trials, failures, home
@@ -769,6 +793,7 @@ def main(arguments=None):
     parser.add_argument("--messages", type=int, default=MESSAGES, metavar="N", help="per QoS, default %(default)s")
     parser.add_argument("--cuts", type=int, default=CUTS, metavar="C", help="of power per QoS, default %(default)s")
     parser.add_argument("--seed", default=None, metavar="S", help="default: a new one")
+    parser.add_argument("--keep", action="store_true", help="keep the logs also when all went well")
     options = parser.parse_args(arguments)
     if not 1 <= options.messages <= 9999999:
         parser.error("--messages: expected 1 to 9999999")
@@ -779,7 +804,7 @@ def main(arguments=None):
     console.print("SEED=%s  %d messages and %d power cuts at each QoS" % (seed, options.messages, options.cuts))
     signal.signal(signal.SIGTERM, _ended)
     try:
-        trials, failures, home = run(options.messages, options.cuts, seed, console)
+        trials, failures, home = run(options.messages, options.cuts, seed, console, keep=options.keep)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -789,7 +814,7 @@ def main(arguments=None):
     console.print(table_of(trials))
     for line in failures:
         console.print("FAILED  " + line, markup=False, highlight=False, soft_wrap=True)
-    if failures:
+    if home:
         console.print("SEED=%s, logs in %s" % (seed, home), markup=False, highlight=False, soft_wrap=True)
     return 1 if failures else 0
 

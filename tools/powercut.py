@@ -105,13 +105,27 @@ WORKLOADS = {
         12, (2, 1), 12, (2, 1), handlers=1, events={2: "drop", 4: "close", 5: "drop", 7: "offline", 10: "online"}
     ),
     "session_lost": Workload(
-        14, (2, 2, 1), 14, (2, 2, 1), burst=2, handlers=2, events={2: "lose", 4: "drop", 6: "lose", 7: "close", 9: "lose"}
+        14,
+        (2, 2, 1),
+        14,
+        (2, 2, 1),
+        burst=2,
+        handlers=2,
+        events={2: "lose", 4: "drop", 6: "lose", 7: "close", 9: "lose"},
     ),
     "wrap": Workload(44, (1, 2), 24, (2, 1), size=520, burst=1, stuck=38, events={12: "drop", 20: "close"}),
     "receive_wrap": Workload(18, (1,), 72, (2,), size=560, burst=2, every=13),
     "full": Workload(36, (1, 2), 4, (2,), size=420, burst=3, in_flight=3, events={1: "offline", 9: "online"}),
     "drop_oldest": Workload(
-        40, (2, 1), 4, (2,), size=420, burst=3, in_flight=3, when_full="drop_oldest", events={1: "offline", 11: "online"}
+        40,
+        (2, 1),
+        4,
+        (2,),
+        size=420,
+        burst=3,
+        in_flight=3,
+        when_full="drop_oldest",
+        events={1: "offline", 11: "online"},
     ),
 }
 SMALL = ("qos1_publish", "qos2_publish", "qos1_receive", "qos2_receive")
@@ -385,7 +399,8 @@ class Witness:
         if not packet_id:
             raise Failure("message %d has packet id 0" % number)
         if self.using.get(packet_id, number) != number:
-            raise Failure("packet id %d of message %d still is message %d's" % (packet_id, number, self.using[packet_id]))
+            other = self.using[packet_id]
+            raise Failure("packet id %d of message %d still is message %d's" % (packet_id, number, other))
         if number in self._released:
             raise Failure("PUBLISH of message %d again after its PUBREL" % number)
         if number in self._sent and not dup:
@@ -485,7 +500,6 @@ class Device:
         self.buf = memoryview(bytearray(160))
         self.decoder = Decoder(96, 700)
         self.todo = []  # delivered, the handler has not had them
-        self.numbers = {}  # packet identifier -> number, of messages published since the start
         self.store = self._store(world.tap, self._finished)
         world.mount_ops = len(world.tap.kinds)
         found = facts(self.store)
@@ -498,6 +512,8 @@ class Device:
         self.next = (self.store.mark or 0) + 1
         if not world.accepted <= self.next - 1 <= world.attempted:
             raise Failure("mark %s, but %d was accepted" % (self.store.mark, world.accepted))
+        if world.accepted < self.next - 1:  # accepted in the moment of the cut
+            world.numbers[self.store.session.newest] = self.next - 1
         world.accepted = self.next - 1
         self.workload = workload
 
@@ -509,13 +525,13 @@ class Device:
         return store
 
     def _finished(self, packet_id, ok):
-        number = self.numbers.pop(packet_id, 0)
-        if number and ok and number not in self.world.broker.delivered:
+        number = self.world.numbers[packet_id]
+        if ok and number not in self.world.broker.delivered:
             raise Failure("message %d reported as delivered, but it was not" % number)
         if not ok:
             if self.workload.when_full != "drop_oldest":
                 raise Failure("message %d dropped" % number)
-            self.world.dropped.append((packet_id, number))
+            self.world.dropped.append(number)
 
     def send(self, data):
         self.world.up += self.world.witness.see(data)
@@ -628,7 +644,7 @@ class Device:
                 world.refused += 1
                 return
             world.accepted = self.next
-            self.numbers[packet_id] = self.next
+            world.numbers[packet_id] = self.next
             self.next += 1
             count -= 1
 
@@ -647,6 +663,7 @@ class World:
         self.up = []  # packets on their way to the broker
         self.down = b""  # bytes on their way to the device
         self.accepted = self.attempted = self.refused = 0
+        self.numbers = {}  # packet identifier -> number of the message accepted under it last
         self.dropped = []
         self.effects = {}  # number -> token, of what the handler has had
         self.effect_order = []
@@ -817,7 +834,6 @@ class World:
 
     def _check(self):
         delivered = self.broker.delivered
-        dropped = [number for _, number in self.dropped]
         first = []
         for number in delivered:
             if number not in first:
@@ -827,7 +843,7 @@ class World:
             elif self.workload.qos_of(number) == 2 and number not in self.broker.forgiven:
                 raise Failure("message %d delivered twice" % number)
         for number in range(1, self.workload.publishes + 1):
-            if number not in first and number not in dropped and (not self.cuts or not dropped):
+            if number not in first and number not in self.dropped:
                 raise Failure("message %d was lost" % number)
         for number in range(1, self.workload.receives + 1):
             if number not in self.effects and number not in self.broker.forgotten and number not in self.swallowed:
@@ -958,7 +974,8 @@ def main():
         total += once + twice
         failed += failures
         seconds = time.monotonic() - begin
-        line = "%-14s %6d runs with one cut, %7d with two, %d failed, %.0f s" % (name, once, twice, len(failures), seconds)
+        counts = (name, once, twice, len(failures), seconds)
+        line = "%-14s %6d runs with one cut, %7d with two, %d failed, %.0f s" % counts
         print(("\r" if sys.stdout.isatty() else "") + "%-78s" % line, flush=True)
     for text, why in failed:
         print("%s  %s" % (text, why))

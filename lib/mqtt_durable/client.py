@@ -427,7 +427,8 @@ class Client:
                 self._stream.write(DISCONNECT_BYTES)
                 await self._stream.drain()
                 self._hang_up()
-            store.connecting()
+            if not self._clean:
+                store.connecting()
             await asyncio.wait_for_ms(self._handshake(self._clean), self._answer_ms)
             # Once it has said that it has none, what it has the next time is a new one, until we have recorded that.
             self.session_present = self._decoder.session_present and not self._renewing

@@ -35,7 +35,7 @@ _OVERHEAD = const(8)  # record header 4, CRC 4
 _STATE = const(48)
 
 # Kinds below 0x80 have a body of arg bytes; the others have none and arg is a number of their own.
-_TAIL = const(0x60)  # commits a sector: oldest seq u32, superseded seq u32, the owner's state
+_TAIL = const(0x60)  # ends a sector's copies: oldest seq u32, replaced seq u32, the owner's state
 _CLOSE = const(0xF0)  # orderly shutdown; arg: 1 + the sector erased ahead, or 0
 _OPEN = const(0xF1)  # says nothing itself; behind a CLOSE: more was begun, behind a TAIL: the sector counts
 _LAPS = const(4)  # most sectors one append may use up: bounds the write amplification
@@ -305,7 +305,7 @@ class Journal:
     def _write(self, kind, arg, parts=()):
         """Program one record at the head, which has room; return its position."""
         if self._off + self.room_for(arg if kind < 0x80 else 0) > _SECTOR:
-            raise JournalFull("carry() has more than live() said")
+            raise JournalUnavailable("carry() has more than live() said")
         usable = self._usable
         self._usable = False  # until it is whole: after any exception in between the head ends in half a record
         pos = self._head << 12 | self._off
@@ -333,8 +333,9 @@ class Journal:
         """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
 
         reserve: sectors that must be left to be given up beside those this record needs.
-        Raises ValueError if the body exceeds max_body; JournalFull, and nothing was programmed; JournalUnavailable if
-        it is not mounted; OSError from the device, and then nothing can be appended until it is mounted again.
+        Raises ValueError if the body exceeds max_body; JournalFull, and nothing was programmed (but the OPEN behind a
+        CLOSE); JournalUnavailable if it is not mounted; OSError from the device.  After that one, or any exception
+        that comes in the middle of it, nothing can be appended until it is mounted again.
         """
         n = 0
         for part in parts:
@@ -591,7 +592,9 @@ class Journal:
             self._seqs[s] = 0
             self._device.readblocks(s, head, 0)
             magic, version, _, seq, unique, crc = unpack_from("<HBBIII", head)
-            if magic == _MAGIC and crc == crc32(head[:12]) and version >> 4 == _VERSION and seq < 0x3FFFFFFF and version & 15 in (2, 4, 8):
+            if magic != _MAGIC or crc != crc32(head[:12]):
+                continue
+            if version in (_VERSION << 4 | 2, _VERSION << 4 | 4, _VERSION << 4 | 8) and seq < 0x3FFFFFFF:
                 self._seqs[s] = seq
                 ids[s] = unique
                 units[s] = 1 << (version & 15)
@@ -618,7 +621,9 @@ class Journal:
         found = None
         unfinished = []
         for s in reversed(self._by_age()):
-            if not self._seqs[s] or units[s] < self._prog_size or found and (ids[s] != self._id or units[s] != self._unit):
+            if not self._seqs[s] or units[s] < self._prog_size:
+                continue
+            if found and (ids[s] != self._id or units[s] != self._unit):
                 continue
             self._id = ids[s]
             self._unit = units[s]
@@ -634,12 +639,15 @@ class Journal:
                     unfinished.append(s)
                     continue
                 self._head = s
+                key = self._key
                 found = self._begin, self._last, self._last_kind, self._last_arg, end, junk, damaged, unfinished
             if self._oldest:
                 break
         else:
             self._oldest = 1  # every TAIL is damaged: read all there is
             self._skip = 0
+        if found:
+            self._key = key
         return found
 
     def _replay(self, pos, kind):

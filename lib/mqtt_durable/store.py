@@ -27,8 +27,8 @@ _SESSION = const(0x33)  # identity u32, received u16: a new session at the broke
 # Entries beside those of session: of no one message.
 _DROPPED = const(5)  # all messages up to this packet identifier that come after the second one
 _ASKED = const(6)  # CONNECT goes out
-_TOLD = const(7)  # CONNACK told that the broker has the session; 1: but it is not known which, so no subscription counts
-_ENTRY = const(3)  # type u8, packet identifier u16; RECEIVED: and the count of messages received, _DROPPED: see there, u16
+_TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
+_ENTRY = const(3)  # type u8, packet identifier u16; RECEIVED: and the count of messages received; _DROPPED: see above
 _PENDING = const(48)
 _ANSWERS = const(256)
 _MOST_QUEUED = const(60000)  # of 65535 packet identifiers
@@ -42,13 +42,15 @@ def identity(client_id, host, port):
 
 
 class Store:
-    """journal: not yet mounted.  in_flight: 1-64.  when_full: "raise", "wait" (same here: the client waits), "drop_oldest".
+    """journal: not yet mounted.  in_flight: 1-64, of which at most 4 per sector are used.  when_full: "raise", "wait"
+    (same here: the client waits) or "drop_oldest".
 
     finished: called with (packet_id, True) when the broker has the message, (packet_id, False) when it was dropped.
     """
 
     def __init__(self, journal, in_flight=16, when_full="raise", finished=None):
         self.journal = journal
+        in_flight = min(in_flight, 4 * journal.sectors)  # a small ring has no room to carry a large window over
         self.session = Session(in_flight)
         self._drops = when_full == "drop_oldest"
         self._finished = finished
@@ -116,7 +118,7 @@ class Store:
                 if mark is not None:
                     head += pack("<q", mark)
                 parts = (head, pack(">H", len(topic_name)), topic_name, pack(">H", packet_id), payload)
-                pos = journal.append(kind, parts, 1)
+                pos = journal.append(kind, parts, self._reserve(rest + size))
                 break
             except JournalFull:
                 if not self._drops or not self._drop():
@@ -129,6 +131,15 @@ class Store:
         if mark is not None:
             self.mark = mark
         return packet_id
+
+    def _reserve(self, size):
+        """Sectors that a message with a body of size bytes must leave, so that a full journal can always be left again.
+
+        One for the records that acknowledgements need, and twice a window full of such messages as it is after a mount,
+        which may have to be carried over at the same time.
+        """
+        window = self._most * self.journal.room_for(size)
+        return min(1 + 2 * window // self.journal.room, self.journal.sectors - 3)
 
     def is_live(self, packet_id):
         """Whether the message with this packet identifier still waits for its end."""
@@ -169,6 +180,9 @@ class Store:
                     self._taken = packet_id
                     self._cursor = behind
                     self.queued -= 1
+                    if behind < 0:  # whatever else was queued is not readable: the next to come is the first again
+                        self.lost += self.queued
+                        self.queued = 0
                     return pos
             pos = behind
         self.lost += self.queued  # their records are no longer readable
@@ -588,7 +602,8 @@ class Store:
         self._begun = True
         ids = unpack_from("<%dH" % ((len(body) - 6) // 2), body, 6)
         for packet_id in [p for p in session.out if p not in ids[:n]]:
-            del session.out[packet_id]
+            if session.ahead(packet_id, taken) == 0 or session.ahead(packet_id, taken) > 32767:
+                del session.out[packet_id]  # finished; those ahead were still queued, replay only takes them earlier
         for packet_id in [p for p in session.held if p not in ids[n:]]:
             del session.held[packet_id]
         self.subscriptions.clear()

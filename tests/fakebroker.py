@@ -1,0 +1,316 @@
+"""A scripted MQTT 3.1.1 broker on a free loopback port, for both interpreters: it answers as a broker does, but for
+the packets its script names.
+
+    SCRIPT = (
+        # connection, packet from the client, which of that name, what happens
+        (1, "PUBLISH", 2, "lost"),
+        (2, "CONNECT", 1, "present 1"),
+    )
+
+connection, which: counted from 1; 0: every one.  What can happen:
+
+    "lost"         the broker never gets the packet, the link drops: the request is lost
+    "unanswered"   it gets it, the link drops before its answer: the answer is lost
+    "answered"     the answer goes out, then the link drops
+    "silent"       it gets it and says nothing
+    "ignored"      it never gets it, and the link stays
+    "refuse N"     return code N (CONNECT; SUBSCRIBE: 128)
+    "present N"    session present N, whatever it has (CONNECT)
+    b"..."         these bytes go out in place of the answer
+
+Every packet, also a lost one, is noted with the number of its connection.  What arrived, once, is in .delivered.
+"""
+
+import asyncio
+import os
+
+NAMES = (
+    "? CONNECT CONNACK PUBLISH PUBACK PUBREC PUBREL PUBCOMP SUBSCRIBE SUBACK UNSUBSCRIBE UNSUBACK PINGREQ PINGRESP "
+    "DISCONNECT ?"
+).split()
+_PATIENCE_MS = 30000
+
+
+async def until(condition, what="what the test waits for"):
+    """Return when condition() is true.  AssertionError if that takes so long that it will never be."""
+    for _ in range(_PATIENCE_MS):
+        if condition():
+            return
+        await asyncio.sleep_ms(1)
+    raise AssertionError("never happened: %s" % what)
+
+
+async def turns(n=50):
+    """Let all tasks run n times: whatever does not wait for the network or the clock has happened then."""
+    for _ in range(n):
+        await asyncio.sleep_ms(0)
+
+
+def packet(first, body):
+    """Bytes of a packet: first byte, body."""
+    n = len(body)
+    length = bytes((n,)) if n < 128 else bytes((n & 127 | 128, n >> 7))
+    return bytes((first,)) + length + body
+
+
+def ack(name, packet_id):
+    """Bytes of a PUBACK, PUBREC, PUBREL, PUBCOMP or UNSUBACK."""
+    kind = NAMES.index(name)
+    return bytes((kind << 4 | (2 if name == "PUBREL" else 0), 2, packet_id >> 8, packet_id & 255))
+
+
+def publish(topic, payload, qos=0, packet_id=0, dup=False, retain=False):
+    """Bytes of a PUBLISH.  topic: str.  payload: bytes."""
+    topic = topic.encode()
+    body = bytes((len(topic) >> 8, len(topic) & 255)) + topic
+    if qos:
+        body += bytes((packet_id >> 8, packet_id & 255))
+    return packet(0x30 | (8 if dup else 0) | qos << 1 | (1 if retain else 0), body + payload)
+
+
+class Packet:
+    """One packet from the client.  .connection, .name, .flags, .body; .packet_id (0: none), .topic, .payload,
+    .filter, .qos; of a CONNECT .clean, .keep_alive_s, .client_id, .will, .username, .password."""
+
+    def __init__(self, connection, first, body):
+        self.connection = connection
+        self.name = NAMES[first >> 4]
+        self.flags = first & 15
+        self.body = body
+        self.at = 0
+        self.packet_id = 0
+        self.qos = first >> 1 & 3
+        self.dup = bool(first & 8)
+        self.retain = bool(first & 1)
+        if self.name == "CONNECT":
+            self._connect()
+        elif self.name == "PUBLISH":
+            self.topic = self._field().decode()
+            if self.qos:
+                self.packet_id = self._number()
+            self.payload = body[self.at :]
+        elif body:
+            self.packet_id = self._number()
+            if self.name in ("SUBSCRIBE", "UNSUBSCRIBE"):
+                self.filter = self._field().decode()
+                self.qos = body[-1] if self.name == "SUBSCRIBE" else 0
+
+    def _number(self):
+        self.at += 2
+        return self.body[self.at - 2] << 8 | self.body[self.at - 1]
+
+    def _field(self):
+        n = self._number()
+        self.at += n
+        return self.body[self.at - n : self.at]
+
+    def _connect(self):
+        protocol = self._field(), self.body[self.at]
+        if protocol != (b"MQTT", 4):
+            raise AssertionError("CONNECT for %r" % (protocol,))
+        flags = self.body[self.at + 1]
+        self.at += 2
+        self.clean = bool(flags & 2)
+        self.keep_alive_s = self._number()
+        self.client_id = self._field().decode()
+        self.will = None
+        if flags & 4:
+            topic = self._field().decode()
+            self.will = topic, self._field(), flags >> 3 & 3, bool(flags & 32)
+        self.username = self._field().decode() if flags & 128 else None
+        self.password = self._field().decode() if flags & 64 else None
+
+    def __repr__(self):
+        if self.name == "CONNECT":
+            return "CONNECT clean" if self.clean else "CONNECT"
+        text = self.name
+        if self.packet_id:
+            text += " %d" % self.packet_id
+        if self.name == "PUBLISH":
+            text += " %s%s" % ("dup " if self.dup else "", self.payload.decode())
+        elif self.name in ("SUBSCRIBE", "UNSUBSCRIBE"):
+            text += " " + self.filter
+        return text
+
+
+class FakeBroker:
+    """async with FakeBroker(script) as broker: listens on 127.0.0.1:.port.
+
+    .packets: every Packet.  .delivered: (topic, payload, qos) of the messages that arrived.  .connections: how many
+    there have been.  .links: those that are open, by number.  .closed: numbers of those that ended.
+    .sessions: client_id -> (topic filter -> QoS, packet identifiers of QoS 2 messages that wait for PUBREL).
+    """
+
+    def __init__(self, script=()):
+        self.script = script
+        self.port = 0
+        self.packets = []
+        self.delivered = []
+        self.connections = 0
+        self.links = {}
+        self.closed = []
+        self.sessions = {}
+        self._server = None
+        self._seen = {}
+
+    async def __aenter__(self):
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.stop()
+
+    async def start(self):
+        """Listen, on the same port as before."""
+        for _ in range(1 if self.port else 100):
+            port = self.port or 15000 + int.from_bytes(os.urandom(2), "big") % 17000
+            try:
+                self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+                self.port = port
+                return
+            except OSError as e:
+                error = e
+        raise error
+
+    async def stop(self):
+        """Drop every connection and listen no more.  The sessions are kept."""
+        for number in list(self.links):
+            await self.drop(number)
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def drop(self, number=None):
+        """Drop a connection, the newest if none is given."""
+        link = self.links.get(number or self.connections)
+        if link is not None:
+            link[1].cancel()
+            await until(lambda: (number or self.connections) in self.closed, "the end of a dropped connection")
+
+    def forget(self):
+        """Lose all sessions."""
+        self.sessions.clear()
+
+    async def send(self, data):
+        """Send bytes over the newest connection."""
+        writer = self.links[self.connections][0]
+        writer.write(data)
+        await writer.drain()
+
+    async def publish(self, *args, **kwargs):
+        """Send a PUBLISH over the newest connection; see publish()."""
+        await self.send(publish(*args, **kwargs))
+
+    async def connected(self, number=1):
+        """Return when the client's CONNECT of that connection is there and has been answered."""
+        await until(lambda: number in self.links and self._seen.get((number, "CONNECT")), "connection %d" % number)
+
+    async def expect(self, text, count=1, connection=0):
+        """Return when so many packets that read like this have come."""
+        await until(lambda: self.trace(connection).count(text) >= count, "%s in %r" % (text, self.packets))
+
+    def named(self, name, connection=0):
+        """The packets of that name, of one connection or of all."""
+        return [p for p in self.packets if p.name == name and connection in (0, p.connection)]
+
+    def trace(self, connection=0, without=()):
+        """The packets as texts."""
+        return [repr(p) for p in self.packets if connection in (0, p.connection) and p.name not in without]
+
+    # -- one connection
+
+    async def _serve(self, reader, writer):
+        self.connections += 1
+        number = self.connections
+        self.links[number] = writer, asyncio.current_task()
+        data = b""
+        try:
+            while True:
+                some = await reader.read(1024)
+                if not some:
+                    break
+                data += some
+                while len(data) > 1:
+                    length = data[1] & 127
+                    head = 2
+                    if data[1] > 127:
+                        if len(data) < 3:
+                            break
+                        length |= data[2] << 7
+                        head = 3
+                        if data[2] > 127:
+                            raise AssertionError("a packet of more than 16383 bytes")
+                    if len(data) < head + length:
+                        break
+                    came = Packet(number, data[0], data[head : head + length])
+                    data = data[head + length :]
+                    self.packets.append(came)
+                    if not await self._take(came, writer):
+                        return
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            del self.links[number]
+            if hasattr(writer, "s"):
+                writer.s.close()  # MicroPython's close() does nothing
+            else:
+                writer.close()
+            self.closed.append(number)
+
+    async def _take(self, came, writer):
+        """Handle a packet; False if the link is to drop."""
+        key = came.connection, came.name
+        self._seen[key] = self._seen.get(key, 0) + 1
+        what = ""
+        for connection, name, which, happens in self.script:
+            if connection in (0, came.connection) and name == came.name and which in (0, self._seen[key]):
+                what = happens
+                break
+        if what == "lost":
+            return False
+        if what == "ignored":
+            return True
+        answer = self._answer(came, what)
+        if what == "unanswered":
+            return False
+        if isinstance(what, bytes):
+            answer = what
+        if answer and what != "silent":
+            writer.write(answer)
+            await writer.drain()
+        return what != "answered" and came.name != "DISCONNECT" and not (came.name == "CONNECT" and answer[3:4] > b"\0")
+
+    def _answer(self, came, what):
+        name = came.name
+        if name == "CONNECT":
+            if isinstance(what, str) and what.startswith("refuse"):
+                return bytes((0x20, 2, 0, int(what[7:])))
+            if came.clean:
+                self.sessions.pop(came.client_id, None)
+            present = came.client_id in self.sessions
+            self._session = self.sessions.setdefault(came.client_id, ({}, set()))
+            if isinstance(what, str) and what.startswith("present"):
+                present = what == "present 1"
+            return bytes((0x20, 2, present, 0))
+        filters, unreleased = self._session
+        if name == "PUBLISH":
+            if came.packet_id not in unreleased:
+                self.delivered.append((came.topic, came.payload, came.qos))
+            if came.qos == 2:
+                unreleased.add(came.packet_id)
+            return ack("PUBACK" if came.qos == 1 else "PUBREC", came.packet_id) if came.qos else b""
+        if name == "PUBREL":
+            unreleased.discard(came.packet_id)
+            return ack("PUBCOMP", came.packet_id)
+        if name == "PUBREC":
+            return ack("PUBREL", came.packet_id)
+        if name == "SUBSCRIBE":
+            granted = 128 if what == "refuse 128" else came.qos
+            if granted < 128:
+                filters[came.filter] = granted
+            return bytes((0x90, 3, came.packet_id >> 8, came.packet_id & 255, granted))
+        if name == "UNSUBSCRIBE":
+            filters.pop(came.filter, None)
+            return ack("UNSUBACK", came.packet_id)
+        return b"\xd0\x00" if name == "PINGREQ" else b""

@@ -1,0 +1,1817 @@
+"""The client against a scripted broker (fakebroker.py), its flash a Nor: what it promises its program and the broker.
+
+Waiting is always for an event; a bound is reached only when something is broken.
+"""
+
+import asyncio
+import sys
+
+from fakebroker import FakeBroker, ack, packet, publish, turns, until
+from mqtt_durable.client import Client
+from mqtt_durable.errors import (
+    ConnectRefused,
+    JournalFull,
+    JournalUnavailable,
+    MessageDropped,
+    ProtocolError,
+    SubscribeRefused,
+)
+from mqtt_durable.journal import Journal
+from mqtt_durable.store import Store, identity
+from norsim import Nor
+
+SECRET = "Kennwort-4711"
+
+
+class Rig:
+    """A broker, a flash and the client on it.  more: arguments of Client; in_flight, when_full, clean, client_id,
+    username, keep_alive_s: of its configuration.  fresh: the journal has known no session with this broker."""
+
+    def __init__(self, broker, size=65536, fresh=False, **more):
+        self.broker = broker
+        self.more = more
+        self.nor = Nor(size)
+        if not fresh:
+            store = Store(Journal(self.nor))
+            store.open()
+            store.begin(identity("p7", "127.0.0.1", broker.port))
+            store.close()
+        self.client = self.make()
+
+    def make(self, **more):
+        """Power on: a new client."""
+        options = dict(self.more)
+        options.update(more)
+        config = {
+            "broker": {
+                "host": "127.0.0.1",
+                "port": self.broker.port,
+                "username": options.pop("username", None),
+                "password": options.pop("password", None),
+                "keep_alive_s": options.pop("keep_alive_s", 60),
+            },
+            "client_id": options.pop("client_id", "p7"),
+            "session": {"clean": options.pop("clean", False), "in_flight": options.pop("in_flight", 16)},
+            "journal": {"home": "ram", "size_kib": 64, "when_full": options.pop("when_full", "raise")},
+        }
+        options.setdefault("backoff_ms", (1, 8))
+        options.setdefault("answer_ms", 30000)
+        self.client = Client(config, device=self.nor, **options)
+        return self.client
+
+    async def cut(self):
+        """Power off, at whatever point the tasks are."""
+        client = self.client
+        for task in (client._run_task, client._dispatch_task) if client._run_task else ():
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                pass
+        client._run_task = None
+
+    async def reboot(self, **more):
+        await self.cut()
+        client = self.make(**more)
+        await client.start()
+        return client
+
+    async def up(self, number=1):
+        """Return when the client is connected, over that connection."""
+        await until(lambda: self.client.connected and self.broker.connections >= number, "connection %d" % number)
+
+
+def play(scenario, script=(), start=True, **options):
+    """Run scenario(rig): a broker with this script, a client that is started unless told otherwise."""
+
+    async def run():
+        async with FakeBroker(script) as broker:
+            rig = Rig(broker, **options)
+            try:
+                if start:
+                    await rig.client.start()
+                await scenario(rig)
+            finally:
+                await rig.client.close()
+
+    asyncio.run(run())
+
+
+async def raised(awaitable, kind):
+    """Await; return the exception of that kind that comes."""
+    try:
+        await awaitable
+    except kind as e:
+        return e
+    raise AssertionError("no %s" % kind.__name__)
+
+
+def wrap(owner, name, function):
+    """Replace owner.name by function(original, *args)."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args: function(original, *args))
+
+
+# Connecting.
+
+
+def test_first_connect_is_retried_until_the_broker_is_there():
+    async def scenario(rig):
+        await rig.broker.stop()
+        await rig.client.start()
+        await until(lambda: rig.client._attempt > 3)
+        assert isinstance(rig.client.last_error, OSError)
+        await rig.broker.start()
+        await rig.up()
+
+    play(scenario, start=False)
+
+
+def test_first_connect_is_retried_when_refused():
+    async def scenario(rig):
+        await rig.up(2)
+        assert isinstance(rig.client.last_error, ConnectRefused) and rig.client.last_error.return_code == 3
+
+    play(scenario, [(1, "CONNECT", 1, "refuse 3")])
+
+
+def test_connect_without_an_answer_is_given_up():
+    async def scenario(rig):
+        await rig.up(2)
+
+    play(scenario, [(1, "CONNECT", 1, "silent")], answer_ms=100)
+
+
+def test_link_is_brought_up_before_each_attempt_and_its_failure_is_one():
+    class Link:
+        ups = 0
+
+        async def up(self):
+            self.ups += 1
+            if self.ups < 3:
+                raise OSError("no Wi-Fi")
+
+    async def scenario(rig):
+        await rig.up()
+        assert rig.client._link.ups == 3 and rig.broker.connections == 1
+
+    play(scenario, link=Link())
+
+
+def test_backoff_grows_is_capped_and_jittered():
+    async def scenario(rig):
+        client = rig.client
+        pauses = [client._pause_ms() for _ in range(12)]
+        for n, pause in enumerate(pauses):
+            limit = min(100 << n, 3000)
+            assert limit // 2 <= pause <= limit, pauses
+        assert len(set(pauses[5:])) > 1
+        client._attempt = 1000
+        assert client._pause_ms() <= 3000
+
+    play(scenario, start=False, backoff_ms=(100, 3000))
+
+
+def test_every_new_attempt_is_after_a_pause_that_grows_also_when_the_broker_drops_us_at_once():
+    pauses = []
+
+    async def scenario(rig):
+        def note(original):
+            pauses.append((rig.broker.connections, rig.client._attempt))
+            return original()
+
+        rig.client._pulse_ms = 1000000
+        wrap(rig.client, "_pause_ms", note)
+        await rig.client.start()
+        await until(lambda: len(pauses) == 6)
+        assert pauses == [(n + 1, n) for n in range(6)]
+
+    play(scenario, [(0, "CONNECT", 1, "answered")], start=False)
+
+
+def test_backoff_begins_anew_after_a_connection_that_held():
+    async def scenario(rig):
+        rig.client._attempt = 5
+        rig.client._pulse_ms = 1
+        await rig.client.start()
+        await until(lambda: rig.client._attempt == 0)
+
+    play(scenario, start=False)
+
+
+def test_connect_carries_what_was_configured():
+    async def scenario(rig):
+        await rig.up()
+        connect = rig.broker.packets[0]
+        assert (connect.client_id, connect.username, connect.password) == ("p7", "plant", SECRET)
+        assert connect.keep_alive_s == 77 and not connect.clean
+        assert connect.will == ("gone", b"bye", 1, True)
+
+    play(scenario, username="plant", password=SECRET, keep_alive_s=77, will=("gone", "bye", 1, True))
+
+
+def test_connect_is_plain_without_options():
+    async def scenario(rig):
+        await rig.up()
+        connect = rig.broker.packets[0]
+        assert (connect.username, connect.password, connect.will) == (None, None, None)
+
+    play(scenario)
+
+
+def test_bad_will_is_refused_at_once():
+    async def scenario(rig):
+        for will in (("a/#", "", 0, False), ("a", "", 3, False)):
+            try:
+                rig.make(will=will)
+            except ValueError:
+                continue
+            raise AssertionError("accepted")
+
+    play(scenario, start=False)
+
+
+# Rule 10: a journal that knows no session with this broker must not meet an old one.
+
+
+def test_new_journal_connects_clean_first_then_persistently():
+    async def scenario(rig):
+        await rig.up(2)
+        await rig.reboot()
+        await rig.up(3)
+        assert rig.broker.trace() == ["CONNECT clean", "DISCONNECT", "CONNECT", "CONNECT"]
+        assert rig.client.session_present
+
+    play(scenario, fresh=True)
+
+
+def test_clean_connect_is_repeated_until_it_was_answered():
+    async def scenario(rig):
+        await rig.up(3)
+        assert rig.broker.trace() == ["CONNECT clean", "CONNECT clean", "DISCONNECT", "CONNECT"]
+
+    play(scenario, [(1, "CONNECT", 1, "unanswered")], fresh=True)
+
+
+def test_other_client_id_begins_a_new_session_and_keeps_the_messages():
+    async def scenario(rig):
+        await rig.client.publish("a", b"1", qos=2)
+        await rig.client.publish("a", b"2", qos=1)
+        await rig.broker.expect("PUBLISH 2 2")
+        client = await rig.reboot(client_id="p8")
+        assert await client.drain(20)
+        assert rig.broker.trace(2) + rig.broker.trace(3)[:3] == [
+            "CONNECT clean",
+            "DISCONNECT",
+            "CONNECT",
+            "PUBLISH 1 1",
+            "PUBLISH 2 2",
+        ]
+        assert rig.broker.packets[-1].connection == 3
+
+    play(scenario, [(1, "PUBLISH", 0, "ignored")])
+
+
+def test_other_broker_begins_a_new_session():
+    async def scenario(rig):
+        await rig.up()
+        async with FakeBroker() as other:
+            rig.broker, first = other, rig.broker
+            await rig.reboot()
+            await rig.up(2)
+            assert other.trace() == ["CONNECT clean", "DISCONNECT", "CONNECT"]
+            await rig.client.close()
+        rig.broker = first
+
+    play(scenario)
+
+
+def test_clean_session_connects_clean_each_time_and_still_loses_nothing():
+    async def scenario(rig):
+        await rig.client.publish("a", b"1", qos=1)
+        await rig.broker.expect("PUBLISH 1 1")
+        await rig.broker.drop()
+        assert await rig.client.drain(20)
+        assert rig.broker.trace() == ["CONNECT clean", "PUBLISH 1 1", "CONNECT clean", "PUBLISH 1 1"]
+
+    play(scenario, [(1, "PUBLISH", 1, "ignored")], clean=True)
+
+
+# Rules 8 and 9: the session is there, or it is not.
+
+SILENT = [(1, "PUBLISH", 0, "ignored")]
+
+
+async def _three_unacknowledged(rig):
+    for text in ("a", "b", "c"):
+        await rig.client.publish("t", text, qos=1)
+    await rig.broker.expect("PUBLISH 3 c")
+
+
+def test_session_present_resends_with_dup_same_id_in_order_before_anything_new_and_once():
+    async def scenario(rig):
+        await _three_unacknowledged(rig)
+        await rig.broker.drop()
+        await rig.client.publish("t", "d", qos=1)
+        assert await rig.client.drain(20)
+        await turns()
+        expected = ["CONNECT", "PUBLISH 1 dup a", "PUBLISH 2 dup b", "PUBLISH 3 dup c", "PUBLISH 4 d"]
+        assert rig.broker.trace(2) == expected
+        assert rig.client.stats()["resent"] == 3
+
+    play(scenario, SILENT)
+
+
+def test_session_present_resends_the_same_after_a_reboot():
+    async def scenario(rig):
+        await _three_unacknowledged(rig)
+        client = await rig.reboot()
+        await client.publish("t", "d", qos=1)
+        assert await client.drain(20)
+        expected = ["CONNECT", "PUBLISH 1 dup a", "PUBLISH 2 dup b", "PUBLISH 3 dup c", "PUBLISH 4 d"]
+        assert rig.broker.trace(2) == expected
+
+    play(scenario, SILENT)
+
+
+def test_no_session_sends_as_new_subscribes_again_and_tells_the_application():
+    told = []
+
+    async def scenario(rig):
+        client = rig.client
+        client.on_connect = told.append
+        await client.start()
+        assert await client.subscribe("cmd/#", 2) == 2
+        for text in ("a", "b"):
+            await client.publish("t", text, qos=2)
+        await rig.broker.expect("PUBREL 2")  # a: no PUBREC yet, b: the broker's own
+        await rig.broker.drop()
+        await rig.up(2)
+        await client.acknowledged(3)
+        assert await client.drain(20)
+        await rig.broker.expect("SUBSCRIBE 4 cmd/#", connection=2)
+        assert rig.broker.trace(2, without=("SUBSCRIBE", "PUBREL")) == ["CONNECT", "PUBLISH 2 a"]
+        assert told == [False, False] and not client.session_present
+
+    script = [(1, "PUBLISH", 1, "ignored"), (1, "PUBREL", 1, "ignored"), (2, "CONNECT", 1, "present 0")]
+    play(scenario, script, start=False)
+
+
+def test_session_present_is_told():
+    told = []
+
+    async def scenario(rig):
+        rig.client.on_connect = told.append
+        await rig.client.start()
+        await rig.up()
+        await rig.broker.drop()
+        await rig.up(2)
+        assert told == [False, True] and rig.client.session_present
+
+    play(scenario, start=False)
+
+
+def test_on_connect_that_raises_is_counted():
+    def bad(session_present):
+        raise KeyError("on_connect")
+
+    async def scenario(rig):
+        rig.client.on_connect = bad
+        await rig.client.start()
+        await rig.client.acknowledged(await rig.client.publish("t", "a"))
+        assert rig.client.stats()["handler_errors"] == 1
+
+    play(scenario, start=False)
+
+
+# Loss of the link at each step, in both flavours: the request was lost, or its answer was.
+
+LOSSES = (
+    # QoS, packet, flavour, what the broker had of a, b, c; packets of the second connection
+    (1, "PUBLISH", "lost", "abc", ["PUBLISH 1 dup a"]),
+    (1, "PUBLISH", "unanswered", "aabc", ["PUBLISH 1 dup a"]),
+    (1, "PUBLISH", "answered", "abc", []),
+    (2, "PUBLISH", "lost", "abc", ["PUBLISH 1 dup a"]),
+    (2, "PUBLISH", "unanswered", "abc", ["PUBLISH 1 dup a"]),
+    (2, "PUBLISH", "answered", "abc", ["PUBREL 1"]),
+    (2, "PUBREL", "lost", "abc", ["PUBREL 1"]),
+    (2, "PUBREL", "unanswered", "abc", ["PUBREL 1"]),
+    (2, "PUBREL", "answered", "abc", []),
+)
+
+
+def _lose(reboot):
+    for qos, name, flavour, delivered, again in LOSSES:
+
+        async def scenario(rig):
+            client = rig.client
+            await client.publish("t", "a", qos=qos, mark=1)
+            await until(lambda: rig.broker.closed == [1])
+            if flavour == "answered":
+                await until(lambda: not client.connected)  # it has read what came before the end
+            if reboot:
+                client = await rig.reboot()
+                assert client.mark == 1
+            await client.publish("t", "b", qos=qos, mark=2)
+            await client.publish("t", "c", qos=qos, mark=3)
+            assert await client.drain(20)
+            case = "%d %s %s: %r" % (qos, name, flavour, rig.broker.packets)
+            assert "".join([payload.decode() for _, payload, _ in rig.broker.delivered]) == delivered, case
+            trace = rig.broker.trace(2)
+            if not (reboot and flavour == "answered"):  # power may fail before what came last is recorded
+                assert trace[1 : 1 + len(again)] == again and "dup" not in " ".join(trace[1 + len(again) :]), case
+
+        play(scenario, [(1, name, 1, flavour)])
+
+
+def test_lost_link_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
+    _lose(reboot=False)
+
+
+def test_lost_power_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
+    _lose(reboot=True)
+
+
+def test_publish_is_not_sent_again_after_its_pubrec():
+    async def scenario(rig):
+        await rig.client.publish("t", "a", qos=2)
+        await rig.broker.expect("PUBREL 1")
+        for n in (2, 3):
+            await rig.broker.drop()
+            await rig.broker.expect("PUBREL 1", n)
+        assert len(rig.broker.named("PUBLISH")) == 1
+
+    play(scenario, [(0, "PUBREL", 0, "silent")])
+
+
+def test_link_that_delivers_byte_by_byte_is_understood():
+    async def scenario(rig):
+        got = []
+        rig.client.on("#", lambda message: got.append(message.payload))
+        await rig.up()
+        for byte in publish("t", b"x" * 200, 1, 9) + publish("t", b"y"):
+            await rig.broker.send(bytes((byte,)))
+            await turns(3)
+        await until(lambda: len(got) == 2)
+        assert got == [b"x" * 200, b"y"]
+
+    play(scenario)
+
+
+def test_publish_larger_than_the_send_buffer_goes_out_whole():
+    async def scenario(rig):
+        payload = "0123456789" * 300
+        for qos in (1, 2, 0):
+            await rig.client.publish("t", payload, qos=qos)
+        await rig.up()
+        await rig.client.publish("t", payload, qos=0)
+        assert await rig.client.drain(20)
+        await until(lambda: len(rig.broker.delivered) == 3)
+        assert {payload.encode()} == {p for _, p, _ in rig.broker.delivered}
+
+    play(scenario)
+
+
+def test_retain_and_topic_reach_the_broker():
+    async def scenario(rig):
+        await rig.up()
+        for qos in (0, 1, 2):
+            await rig.client.publish("r/ä", b"x", qos=qos, retain=True)
+            await rig.client.publish(b"r/b", bytearray(b"x"), qos=qos)
+        assert await rig.client.drain(20)
+        await until(lambda: len(rig.broker.named("PUBLISH")) == 6)
+        found = {(p.qos, p.topic, p.retain) for p in rig.broker.named("PUBLISH")}
+        assert found == {(qos, t, t == "r/ä") for qos in (0, 1, 2) for t in ("r/ä", "r/b")}
+
+    play(scenario)
+
+
+# Acknowledgements of nothing.
+
+
+def test_unknown_acknowledgements_are_answered_or_counted():
+    async def scenario(rig):
+        await rig.up()
+        for name in ("PUBREC", "PUBREL", "PUBACK", "PUBCOMP", "UNSUBACK"):
+            await rig.broker.send(ack(name, 999))
+        await rig.broker.expect("PUBREL 999")
+        await rig.broker.expect("PUBCOMP 999")
+        await rig.client.acknowledged(await rig.client.publish("t", "a"))
+        # The broker answers the PUBREL by one more PUBCOMP.
+        await until(lambda: rig.client.stats()["unknown_acks"] == 6)
+        assert rig.broker.connections == 1
+
+    play(scenario)
+
+
+# The in-flight window.
+
+
+def test_window_is_held_exactly_also_after_reconnect_and_reboot():
+    async def scenario(rig):
+        for n in range(7):
+            await rig.client.publish("t", str(n), qos=1)
+        await rig.broker.expect("PUBLISH 3 2")
+        await turns()
+        assert len(rig.broker.named("PUBLISH", 1)) == 3
+        await rig.broker.send(ack("PUBACK", 2))
+        await rig.broker.expect("PUBLISH 4 3")
+        await turns()
+        assert len(rig.broker.named("PUBLISH", 1)) == 4
+        await rig.client.close()  # orderly, so that the PUBACK is recorded
+        assert rig.broker.trace(1)[-1] == "DISCONNECT"
+        expected = ["CONNECT", "PUBLISH 1 dup 0", "PUBLISH 3 dup 2", "PUBLISH 4 dup 3"]
+        await rig.client.start()
+        await rig.broker.expect(expected[-1], connection=2)
+        await turns()
+        assert rig.broker.trace(2) == expected
+        await rig.reboot()
+        await rig.broker.expect(expected[-1], connection=3)
+        await turns()
+        assert rig.broker.trace(3) == expected
+
+    play(scenario, [(0, "PUBLISH", 0, "silent")], in_flight=3)
+
+
+def test_window_counts_messages_that_wait_for_pubcomp():
+    async def scenario(rig):
+        for n in range(4):
+            await rig.client.publish("t", str(n), qos=2)
+        await rig.broker.expect("PUBREL 2")
+        await turns()
+        assert len(rig.broker.named("PUBLISH")) == 2
+        await rig.broker.send(ack("PUBCOMP", 1))
+        await rig.broker.expect("PUBLISH 3 2")
+
+    play(scenario, [(0, "PUBREL", 0, "silent")], in_flight=2)
+
+
+# Messages to the program.
+
+
+class Gate:
+    """A handler that notes each message and lets the client go on only when told."""
+
+    def __init__(self, client, topic_filter="#"):
+        self.messages = []
+        self.gate = asyncio.Event()
+        client.on(topic_filter, self.handle)
+
+    async def handle(self, message):
+        self.messages.append(message)
+        await self.gate.wait()
+
+    @property
+    def texts(self):
+        return [message.payload.decode() for message in self.messages]
+
+
+def test_puback_and_pubrec_go_out_only_when_the_handler_has_returned():
+    for qos, answer in ((1, "PUBACK 7"), (2, "PUBREC 7")):
+
+        async def scenario(rig):
+            held = Gate(rig.client)
+            await rig.up()
+            await rig.broker.publish("t", b"a", qos, 7)
+            await until(lambda: held.messages)
+            await turns()
+            assert rig.broker.trace() == ["CONNECT"]
+            held.gate.set()
+            await rig.broker.expect(answer)
+
+        play(scenario)
+
+
+def test_message_tells_topic_payload_qos_retain_dup_token():
+    async def scenario(rig):
+        got = []
+        rig.client.on("#", got.append)
+        await rig.up()
+        await rig.broker.publish("a/ü", b"\0\xff", 0, retain=True)
+        await rig.broker.publish("b", b"", 1, 3, dup=True)
+        await rig.broker.publish("c", b"x", 2, 3)
+        await rig.broker.expect("PUBCOMP 3")
+        assert [(m.topic, m.payload, m.qos, m.retain, m.dup) for m in got] == [
+            ("a/ü", b"\0\xff", 0, True, False),
+            ("b", b"", 1, False, True),
+            ("c", b"x", 2, False, False),
+        ]
+        assert got[0].token is None and got[1].token is None and isinstance(got[2].token, int)
+
+    play(scenario)
+
+
+def test_first_handler_that_matches_is_called_and_the_same_filter_replaces_it():
+    async def scenario(rig):
+        got = []
+        for topic_filter, name in (("a/+", "old"), ("#", "rest"), ("a/+", "plus")):
+            rig.client.on(topic_filter, lambda message, name=name: got.append((name, message.topic)))
+        await rig.up()
+        for topic in ("a/1", "b", "$SYS/x", "a/2"):
+            await rig.broker.publish(topic, b"")
+        await until(lambda: len(got) == 3)
+        assert got == [("plus", "a/1"), ("rest", "b"), ("plus", "a/2")]
+        assert rig.client.stats()["discarded"] == 1  # "#" does not match $SYS
+
+    play(scenario)
+
+
+def test_qos_2_message_is_handled_once_however_often_it_is_sent_before_pubrel():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        await rig.broker.publish("t", b"a", 2, 5)
+        await rig.broker.publish("t", b"a", 2, 5, dup=True)  # while the handler runs
+        await until(lambda: held.messages)
+        held.gate.set()
+        await rig.broker.expect("PUBREC 5")
+        await rig.broker.publish("t", b"a", 2, 5)  # without DUP: the identifier alone decides
+        await rig.broker.expect("PUBREC 5", 2)
+        await rig.broker.send(ack("PUBREL", 5))
+        await rig.broker.expect("PUBCOMP 5")
+        await rig.broker.publish("t", b"b", 2, 5)  # a new message, the identifier is free
+        await rig.broker.expect("PUBREC 5", 3)
+        assert held.texts == ["a", "b"]
+        assert rig.client.stats()["duplicates"] == 2
+
+    play(scenario, [(0, "PUBREC", 0, "silent")])
+
+
+def test_qos_2_message_is_handled_once_over_reconnects_and_reboots():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        held.gate.set()
+        await rig.up()
+        await rig.broker.publish("t", b"a", 2, 5)
+        await rig.broker.expect("PUBREC 5")
+        await rig.broker.drop()
+        await rig.up(2)
+        await rig.broker.publish("t", b"a", 2, 5, dup=True)
+        await rig.broker.expect("PUBREC 5", 2)
+        again = Gate(await rig.reboot())
+        await rig.up(3)
+        await rig.broker.publish("t", b"a", 2, 5, dup=True)
+        await rig.broker.expect("PUBREC 5", 3)
+        await rig.broker.send(ack("PUBREL", 5))
+        await rig.broker.expect("PUBCOMP 5")
+        assert held.texts == ["a"] and again.texts == []
+
+    play(scenario, [(0, "PUBREC", 0, "silent")])
+
+
+def test_qos_2_message_is_handled_once_when_the_link_drops_while_the_handler_runs():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        await rig.broker.publish("t", b"a", 2, 5)
+        await until(lambda: held.messages)
+        await rig.broker.drop()
+        await rig.up(2)
+        await rig.broker.publish("t", b"a", 2, 5, dup=True)
+        await until(lambda: rig.client.stats()["duplicates"] == 1)
+        held.gate.set()
+        await rig.broker.expect("PUBREC 5")
+        await rig.broker.expect("PUBCOMP 5")
+        assert held.texts == ["a"] and rig.broker.trace(2) == ["CONNECT", "PUBREC 5", "PUBCOMP 5"]
+
+    play(scenario)
+
+
+def test_handler_of_an_old_session_answers_nobody_in_a_new_one():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        await rig.broker.publish("t", b"old", 2, 5)
+        await until(lambda: held.messages)
+        rig.broker.forget()
+        await rig.broker.drop()
+        await rig.up(2)
+        await rig.broker.publish("t", b"new", 2, 5)
+        await turns()
+        held.gate.set()
+        await rig.broker.expect("PUBCOMP 5")
+        assert held.texts == ["old", "new"] and rig.broker.trace(2) == ["CONNECT", "PUBREC 5", "PUBCOMP 5"]
+
+    play(scenario)
+
+
+def test_token_is_the_same_when_power_fails_before_the_record_and_else_new():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        await rig.broker.publish("t", b"a", 2, 5)
+        await until(lambda: held.messages)
+        again = Gate(await rig.reboot())
+        again.gate.set()
+        await rig.up(2)
+        await rig.broker.publish("t", b"a", 2, 5, dup=True)
+        await rig.broker.expect("PUBCOMP 5")
+        await rig.broker.publish("t", b"b", 2, 5)
+        await rig.broker.expect("PUBCOMP 5", 2)
+        first, second = [message.token for message in again.messages]
+        assert held.messages[0].token == first != second
+
+    play(scenario)
+
+
+def test_handler_that_raises_is_counted_and_the_client_goes_on():
+    async def scenario(rig):
+        def bad(message):
+            raise KeyError("handler")
+
+        async def worse(message):
+            raise asyncio.TimeoutError("handler")
+
+        rig.client.on("bad", bad)
+        rig.client.on("worse", worse)
+        await rig.up()
+        await rig.broker.publish("bad", b"a", 1, 1)
+        await rig.broker.publish("worse", b"a", 2, 2)
+        await rig.broker.expect("PUBACK 1")
+        await rig.broker.expect("PUBCOMP 2")
+        assert rig.client.stats()["handler_errors"] == 2 and rig.broker.connections == 1
+
+    play(scenario)
+
+
+def test_publish_subscribe_and_waiting_work_inside_a_handler():
+    async def scenario(rig):
+        client = rig.client
+        done = []
+
+        async def handler(message):
+            await client.acknowledged(await client.publish("out", message.payload, qos=2))
+            done.append(await client.subscribe("more", 1))
+            assert await client.drain(20)
+
+        client.on("in", handler)
+        await rig.up()
+        await rig.broker.publish("in", b"a", 2, 5)
+        await rig.broker.expect("PUBCOMP 5")
+        assert rig.broker.delivered == [("out", b"a", 2)] and done == [1]
+
+    play(scenario)
+
+
+def test_slow_handler_holds_the_broker_back_in_bounded_memory_and_loses_nothing():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        await rig.up()
+        for n in range(1, 31):
+            await rig.broker.publish("t", b"%d" % n, 1 + n % 2, n)
+        await until(lambda: client._blocked)
+        await turns()
+        assert len(client._inbox) == 16 and held.texts == ["1"]
+        held.gate.set()
+        await until(lambda: len(held.texts) == 30)
+        assert held.texts == [str(n) for n in range(1, 31)]
+        await rig.broker.expect("PUBACK 30")
+        await rig.broker.expect("PUBCOMP 29")
+        assert rig.broker.connections == 1
+
+    play(scenario)
+
+
+def test_large_messages_fill_the_inbox_by_their_bytes():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        await rig.up()
+        for n in range(1, 8):
+            await rig.broker.publish("t", b"%d" % n * 3000, 1, n)
+        await until(lambda: client._blocked)
+        assert len(client._inbox) == 3
+        held.gate.set()
+        await rig.broker.expect("PUBACK 7")
+        assert client._inbox_bytes == 0 and len(held.messages) == 7
+
+    play(scenario)
+
+
+def test_qos_0_beyond_the_inbox_is_discarded_and_counted():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        await rig.broker.publish("t", b"0", 0)
+        await until(lambda: held.messages)
+        for n in range(1, 21):
+            await rig.broker.publish("t", b"%d" % n, 0)
+        await until(lambda: rig.client.stats()["discarded"] == 4)
+        held.gate.set()
+        await until(lambda: len(held.messages) == 17)
+        assert held.texts == [str(n) for n in range(17)]
+
+    play(scenario)
+
+
+def test_link_lost_while_the_inbox_is_full_loses_no_message():
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        for n in range(1, 21):
+            await rig.broker.publish("t", b"%d" % n, 2, n)
+        await until(lambda: rig.client._blocked)
+        await rig.broker.drop()
+        # The client does not read, so it does not see the end.  Its writer does.
+        for _ in range(2):
+            await rig.client.publish("t", "x", qos=1)
+            await turns()
+        rig.client._down.set()
+        await rig.up(2)
+        for n in range(1, 21):
+            await rig.broker.publish("t", b"%d" % n, 2, n, dup=True)
+        held.gate.set()
+        await rig.broker.expect("PUBCOMP 20")
+        assert held.texts == [str(n) for n in range(1, 21)]
+
+    play(scenario)
+
+
+def test_handler_that_waits_for_the_broker_behind_a_full_inbox_does_not_wait_for_ever():
+    async def scenario(rig):
+        client = rig.client
+        got = []
+
+        async def handler(message):
+            got.append(int(message.payload))
+            if len(got) == 1:
+                await client.acknowledged(await client.publish("out", b"x", qos=1))
+
+        client.on("#", handler)
+        await rig.up()
+        for n in range(1, 26):
+            await rig.broker.publish("t", b"%d" % n, 2, n)
+        await rig.broker.expect("PUBLISH 1 x")
+        await rig.broker.send(ack("PUBACK", 1))  # the client has it behind 25 messages
+        await rig.up(2)
+        assert client.stats()["passed_over"] == 8
+        for n in range(1, 26):
+            await rig.broker.publish("t", b"%d" % n, 2, n, dup=True)
+        await rig.broker.expect("PUBCOMP 25")
+        assert got == list(range(1, 26))
+
+    play(scenario, [(0, "PUBLISH", 0, "silent")], answer_ms=200)
+
+
+def test_messages_nobody_asks_for_do_not_stop_a_program_that_only_publishes():
+    async def scenario(rig):
+        await rig.up()
+        for n in range(1, 26):
+            await rig.broker.publish("t", b"%d" % n, 1, n)
+        await rig.client.acknowledged(await rig.client.publish("out", b"x", qos=2))
+
+    play(scenario, answer_ms=200)
+
+
+def test_messages_by_async_for():
+    async def scenario(rig):
+        got = []
+        await rig.up()
+        for n in (1, 2, 3):
+            await rig.broker.publish("t", b"%d" % n, 1, n)
+        async for message in rig.client.messages:
+            got.append(message.payload)
+            assert len(rig.broker.named("PUBACK")) < len(got)  # not before the loop asks for the next
+            if len(got) == 3:
+                break
+            await rig.broker.expect("PUBACK %d" % (len(got) - 1), 1 if len(got) > 1 else 0)
+        assert got == [b"1", b"2", b"3"] and rig.broker.trace()[-1] == "PUBACK 2"
+        await rig.broker.publish("t", b"4", 1, 4)
+        async for message in rig.client.messages:
+            assert message.payload == b"4"
+            break
+        await rig.broker.expect("PUBACK 3")
+
+    play(scenario)
+
+
+def test_message_that_came_while_nobody_was_in_the_loop_is_not_lost():
+    async def scenario(rig):
+        await rig.up()
+        waiting = asyncio.create_task(rig.client.messages.__anext__())
+        await turns()
+        waiting.cancel()
+        await rig.broker.publish("t", b"1", 1, 1)
+        await until(lambda: rig.client.received == 1)
+        message = await rig.client.messages.__anext__()
+        assert message.payload == b"1" and not rig.broker.named("PUBACK")
+
+    play(scenario)
+
+
+def test_handlers_and_loop_share_the_messages():
+    async def scenario(rig):
+        handled = []
+        rig.client.on("a", lambda message: handled.append(message.payload))
+        waiting = asyncio.create_task(rig.client.messages.__anext__())
+        await rig.up()
+        await rig.broker.publish("a", b"1", 1, 1)
+        await rig.broker.publish("b", b"2", 1, 2)
+        assert (await waiting).payload == b"2" and handled == [b"1"]
+
+    play(scenario)
+
+
+def test_loop_over_messages_ends_with_close():
+    async def scenario(rig):
+        ended = []
+
+        async def loop():
+            async for _ in rig.client.messages:
+                pass
+            ended.append(True)
+
+        task = asyncio.create_task(loop())
+        await rig.up()
+        await rig.client.close()
+        await task
+        assert ended
+
+    play(scenario)
+
+
+def test_oversized_message_is_acknowledged_counted_and_not_delivered():
+    async def scenario(rig):
+        got = []
+        rig.client.on("#", lambda message: got.append(message.payload))
+        await rig.up()
+        await rig.broker.publish("t", b"x" * 5000, 1, 1)
+        await rig.broker.publish("t", b"y" * 5000, 2, 2)
+        await rig.broker.publish("t", b"z" * 5000, 0)
+        await rig.broker.publish("t", b"small", 1, 4)
+        await rig.broker.expect("PUBACK 4")
+        await rig.broker.expect("PUBCOMP 2")
+        assert got == [b"small"] and rig.client.stats()["too_large"] == 3
+        assert rig.broker.trace().count("PUBACK 1") == 1 and rig.broker.connections == 1
+
+    play(scenario)
+
+
+# Subscriptions.
+
+
+def test_subscribe_returns_the_granted_qos():
+    async def scenario(rig):
+        assert [await rig.client.subscribe("f%d" % qos, qos) for qos in (0, 1, 2)] == [0, 1, 2]
+        rig.broker.script = [(0, "SUBSCRIBE", 0, bytes((0x90, 3, 0, 1, 1)))]
+        assert await rig.client.subscribe("less", 2) == 1
+
+    play(scenario)
+
+
+def test_subscribe_refused():
+    async def scenario(rig):
+        error = await raised(rig.client.subscribe("secret/#", 2), SubscribeRefused)
+        assert error.args == ("secret/#",)
+        await rig.broker.drop()
+        await rig.up(2)
+        assert await rig.client.subscribe("open", 1) == 1
+        assert len(rig.broker.named("SUBSCRIBE")) == 2  # nobody asks for what was refused
+
+    play(scenario, [(1, "SUBSCRIBE", 1, "refuse 128")])
+
+
+def test_bad_arguments_are_value_errors_and_change_nothing():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        before = client.stats()
+        for call in (
+            lambda: client.subscribe("a/#/b", 1),
+            lambda: client.subscribe("", 1),
+            lambda: client.subscribe("a", 3),
+            lambda: client.unsubscribe("a#"),
+            lambda: client.publish("a/+", b""),
+            lambda: client.publish("", b""),
+            lambda: client.publish("a", b"", qos=3),
+            lambda: client.publish("a", b"", qos=0, mark=1),
+            lambda: client.publish("a", 21.5),
+            lambda: client.publish("a", None, qos=0),
+            lambda: client.publish("a", b"x" * 5000),
+        ):
+            await raised(call(), ValueError)
+        try:
+            client.on("a#", print)
+            raise AssertionError("accepted")
+        except ValueError:
+            pass
+        assert client.stats() == before and client.mark is None
+
+    play(scenario)
+
+
+def test_subscription_is_not_sent_again_while_the_broker_has_it():
+    async def scenario(rig):
+        await rig.client.subscribe("f", 1)
+        await rig.broker.drop()
+        await rig.up(2)
+        assert await rig.client.subscribe("f", 1) == 1
+        client = await rig.reboot()
+        await rig.up(3)
+        assert await client.subscribe("f", 1) == 1
+        assert len(rig.broker.named("SUBSCRIBE")) == 1
+        assert await client.subscribe("f", 2) == 2  # something else
+        assert len(rig.broker.named("SUBSCRIBE")) == 2
+
+    play(scenario)
+
+
+def test_subscription_is_sent_again_when_the_link_is_lost_before_suback():
+    for flavour in ("lost", "unanswered"):
+
+        async def scenario(rig):
+            assert await rig.client.subscribe("f", 2) == 2
+            assert rig.broker.trace() == ["CONNECT", "SUBSCRIBE 1 f", "CONNECT", "SUBSCRIBE 1 f"]
+
+        play(scenario, [(1, "SUBSCRIBE", 1, flavour)])
+
+
+def test_subscription_is_made_again_by_itself_when_the_broker_lost_the_session():
+    async def scenario(rig):
+        await rig.client.subscribe("f", 1)
+        rig.broker.forget()
+        await rig.broker.drop()
+        await until(lambda: rig.broker.sessions.get("p7", ({},))[0] == {"f": 1})
+
+    play(scenario)
+
+
+def test_subscription_is_made_again_when_a_connack_that_told_of_the_loss_was_lost_itself():
+    for reboot in (False, True):
+
+        async def scenario(rig):
+            await rig.client.subscribe("f", 1)
+            rig.broker.forget()
+            await rig.broker.drop()
+            await until(lambda: 2 in rig.broker.closed)
+            if reboot:
+                client = await rig.reboot()
+                await client.subscribe("f", 1)
+            await until(lambda: rig.broker.sessions["p7"][0] == {"f": 1}, "SUBSCRIBE on the new session")
+            assert rig.client.session_present
+
+        play(scenario, [(2, "CONNECT", 1, "unanswered")])
+
+
+def test_two_tasks_may_ask_for_the_same_subscription():
+    async def scenario(rig):
+        tasks = [asyncio.create_task(rig.client.subscribe("f", 1)) for _ in range(3)]
+        assert [await task for task in tasks] == [1, 1, 1]
+        assert len(rig.broker.named("SUBSCRIBE")) == 1
+
+    play(scenario)
+
+
+def test_unsubscribe_is_confirmed_and_remembered():
+    async def scenario(rig):
+        await rig.client.subscribe("f", 1)
+        await rig.client.unsubscribe("f")
+        assert rig.broker.sessions["p7"][0] == {}
+        rig.broker.forget()
+        await rig.broker.drop()
+        await rig.up(3)  # the UNSUBSCRIBE was lost the first time
+        assert await rig.client.subscribe("g", 1) == 1
+        assert rig.broker.sessions["p7"][0] == {"g": 1}
+
+    play(scenario, [(1, "UNSUBSCRIBE", 1, "lost")])
+
+
+def test_subscribe_offline_is_sent_when_connected():
+    async def scenario(rig):
+        task = asyncio.create_task(rig.client.subscribe("f", 1))
+        await turns()
+        await rig.client.start()
+        assert await task == 1
+
+    play(scenario, start=False)
+
+
+def test_identifiers_of_subscribe_are_none_of_a_live_message():
+    async def scenario(rig):
+        for n in range(3):
+            await rig.client.publish("t", str(n), qos=1)
+        await rig.broker.expect("PUBLISH 3 2")
+        await rig.client.subscribe("f", 1)
+        assert rig.broker.named("SUBSCRIBE")[0].packet_id not in (1, 2, 3)
+
+    play(scenario, SILENT)
+
+
+# Keep-alive and links that die.
+
+
+def test_ping_goes_out_in_idle_time_and_an_answer_keeps_the_link():
+    async def scenario(rig):
+        rig.client._keep_alive_ms = 4
+        rig.client._pulse_ms = 1
+        await rig.client.start()
+        await rig.broker.expect("PINGREQ", 3)
+        assert rig.broker.connections == 1
+
+    play(scenario, start=False)
+
+
+def test_no_ping_without_keep_alive():
+    async def scenario(rig):
+        rig.client._pulse_ms = 1
+        await rig.client.start()
+        await rig.up()
+        rig.client._attempt = 1
+        await until(lambda: rig.client._attempt == 0)  # one pulse
+        assert rig.broker.trace() == ["CONNECT"]
+
+    play(scenario, start=False, keep_alive_s=0)
+
+
+def test_half_open_link_is_noticed_by_its_own_deadline_when_idle():
+    async def scenario(rig):
+        rig.client._keep_alive_ms = 4
+        rig.client._pulse_ms = 1
+        await rig.client.start()
+        await rig.up(2)
+        assert rig.client.last_error.errno == 110 or "no longer answers" in str(rig.client.last_error)
+
+    play(scenario, [(1, "PINGREQ", 0, "ignored")], start=False, answer_ms=200)
+
+
+def test_half_open_link_is_noticed_long_before_keep_alive_when_a_message_waits():
+    async def scenario(rig):
+        rig.client._pulse_ms = 1
+        await rig.client.start()
+        await rig.client.acknowledged(await rig.client.publish("t", "a", qos=2))
+        assert rig.broker.connections == 2 and len(rig.broker.named("PINGREQ", 1)) == 1
+
+    script = [(1, "PUBLISH", 0, "ignored"), (1, "PINGREQ", 0, "ignored")]
+    play(scenario, script, start=False, keep_alive_s=3600, answer_ms=200)
+
+
+def test_slow_handler_is_no_reason_to_drop_the_link():
+    async def scenario(rig):
+        client = rig.client
+        client._keep_alive_ms = 4
+        client._pulse_ms = 1
+        held = Gate(client)
+        await client.start()
+        await rig.up()
+        await rig.broker.send(b"".join([publish("t", b"%d" % n, 1, n) for n in range(1, 26)]))
+        await until(lambda: client._blocked)
+        pings = len(rig.broker.named("PINGREQ"))
+        await rig.broker.expect("PINGREQ", pings + 20)
+        held.gate.set()
+        await rig.broker.expect("PUBACK 25")
+        assert rig.broker.connections == 1
+
+    play(scenario, start=False)
+
+
+def test_broker_that_closes_is_connected_again():
+    async def scenario(rig):
+        for n in range(1, 4):
+            await rig.up(n)
+            await rig.broker.drop()
+        await rig.up(4)
+
+    play(scenario)
+
+
+GARBAGE = (
+    # what a broker sends, instead of its answer to the first packet of that name
+    ("CONNECT", b"\xff\xff\xff\xff\xff"),
+    ("CONNECT", b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+    ("CONNECT", publish("t", b"before CONNACK")),
+    ("CONNECT", b"\x20\x02\x02\x00"),
+    ("PUBLISH", b"\x20\x02\x00\x00"),  # a second CONNACK
+    ("PUBLISH", b"\x00\x00"),
+    ("PUBLISH", b"\x36\x07\x00\x01a\x00\x01xx"),  # QoS 3
+    ("PUBLISH", ack("PUBREC", 1)),  # of a QoS 1 message
+    ("PUBLISH", b"\x40\x02\x00\x00"),  # identifier 0
+    ("PUBLISH", b"\x40\x80\x80\x80\x80\x01"),
+    ("PUBLISH", packet(0x30, b"\x00\x01\xff")),  # a topic that is no UTF-8
+    ("SUBSCRIBE", b"\x90\x03\x00\x02\x03"),  # return code 3
+    ("SUBSCRIBE", b"\x90\x04\x00\x02\x01\x01"),  # two return codes for one filter
+    ("SUBSCRIBE", ack("UNSUBACK", 2)),
+)
+
+
+def test_garbage_ends_the_connection_is_counted_and_loses_nothing():
+    for name, data in GARBAGE:
+
+        async def scenario(rig):
+            client = rig.client
+            await client.publish("t", "a", qos=1)
+            await client.start()
+            if name == "SUBSCRIBE":
+                await client.subscribe("f", 2)
+            else:
+                assert await client.drain(20)
+            assert client.stats()["protocol_errors"] == 1, (name, data)
+            assert isinstance(client.last_error, ProtocolError)
+            assert rig.broker.connections == 2 and rig.broker.delivered[0][1] == b"a"
+
+        play(scenario, [(1, name, 1, data)], start=False)
+
+
+def test_fault_in_a_connection_task_makes_a_new_connection():
+    async def scenario(rig):
+        faults = [MemoryError("no room")]
+
+        def fail(original, *args):
+            if faults:
+                raise faults.pop()
+            return original(*args)
+
+        await rig.up()
+        wrap(rig.client.store, "on_ack", fail)
+        await rig.client.acknowledged(await rig.client.publish("t", "a", qos=2))
+        assert rig.broker.connections == 2 and len(rig.broker.delivered) == 1
+        faults.append(MemoryError("no room"))
+        wrap(rig.client.store, "connected", fail)
+        await rig.broker.drop()
+        await rig.up(4)
+
+    play(scenario)
+
+
+def test_message_there_is_no_memory_for_comes_again():
+    async def scenario(rig):
+        got = []
+        rig.client.on("#", lambda message: got.append(message.payload))
+        await rig.up()
+        module = sys.modules["mqtt_durable.client"]
+        real = module.Message
+
+        def no_room(decoder):
+            module.Message = real
+            raise MemoryError("no room")
+
+        module.Message = no_room
+        try:
+            await rig.broker.publish("t", b"a", 2, 5)
+            await rig.up(2)
+            await rig.broker.publish("t", b"a", 2, 5, dup=True)
+            await rig.broker.expect("PUBCOMP 5")
+        finally:
+            module.Message = real
+        assert got == [b"a"]
+
+    play(scenario)
+
+
+# A full journal.
+
+
+async def _fill(client):
+    """Publish until the journal is full; return how many were stored."""
+    n = 0
+    while n < 1000:
+        try:
+            await client.publish("t", "%04d" % n + "." * 400, qos=1, mark=n)
+        except JournalFull:
+            return n
+        n += 1
+    raise AssertionError("never full")
+
+
+def _numbers(broker):
+    return [int(payload[:4]) for _, payload, _ in broker.delivered]
+
+
+def test_full_journal_raises_and_all_that_was_stored_arrives():
+    async def scenario(rig):
+        client = rig.client
+        n = await _fill(client)
+        assert n > 10 and client.mark == n - 1
+        for text in ("a", "b"):
+            await raised(client.publish("t", text * 400, qos=1), JournalFull)
+        subscribed = asyncio.create_task(client.subscribe("f", 1))
+        await client.start()
+        assert await client.drain(20)
+        assert _numbers(rig.broker) == list(range(n))
+        assert await subscribed == 1
+        await client.publish("t", "%04d" % n, qos=1)
+        assert await client.drain(20)
+        assert rig.broker.connections == 1
+
+    play(scenario, start=False, size=16384)
+
+
+def test_full_journal_on_a_new_session_still_gets_through():
+    async def scenario(rig):
+        n = await _fill(rig.client)
+        rig.make()
+        await rig.client.start()
+        assert await rig.client.drain(20)
+        assert _numbers(rig.broker) == list(range(n))
+
+    play(scenario, start=False, size=16384, fresh=True)
+
+
+def test_full_journal_waits_until_the_broker_has_made_room():
+    async def scenario(rig):
+        client = rig.client
+        done = []
+
+        async def program():
+            for n in range(100):
+                await client.publish("t", "%04d" % n + "." * 400, qos=2)
+                done.append(n)
+
+        task = asyncio.create_task(program())
+        await turns(300)
+        assert 10 < len(done) < 100
+        await client.start()
+        await task
+        assert await client.drain(20)
+        assert _numbers(rig.broker) == list(range(100))
+
+    play(scenario, start=False, size=16384, when_full="wait")
+
+
+def test_full_journal_drops_the_oldest_not_yet_sent_and_says_so():
+    async def scenario(rig):
+        client = rig.client
+        ids = []
+        for n in range(100):
+            ids.append(await client.publish("t", "%04d" % n + "." * 400, qos=1))
+            if n == 0:
+                first = asyncio.create_task(client.acknowledged(ids[0]))
+                await turns()
+        await raised(first, MessageDropped)
+        dropped = client.stats()["dropped"]
+        await client.start()
+        assert await client.drain(20)
+        assert _numbers(rig.broker) == list(range(dropped, 100)) and dropped > 0
+
+    play(scenario, start=False, size=16384, when_full="drop_oldest")
+
+
+# Waiting for the broker.
+
+
+def test_acknowledged_returns_when_the_broker_has_that_message():
+    async def scenario(rig):
+        client = rig.client
+        first = await client.publish("t", "a", qos=1)
+        second = await client.publish("t", "b", qos=2)
+        waiting = asyncio.create_task(client.acknowledged(first))
+        also = asyncio.create_task(client.acknowledged(first))
+        await client.acknowledged(second)
+        await turns()
+        assert not waiting.done()
+        await rig.broker.send(ack("PUBACK", first))
+        await waiting
+        await also
+        await client.acknowledged(first)  # long done
+        await client.acknowledged(None)  # QoS 0
+
+    play(scenario, [(1, "PUBLISH", 1, "silent")])
+
+
+def test_drain_tells_whether_it_was_in_time():
+    async def scenario(rig):
+        client = rig.client
+        assert await client.drain(0)
+        await client.publish("t", "a", qos=1)
+        await rig.broker.expect("PUBLISH 1 a")
+        assert not await client.drain(0.01)
+        waiting = asyncio.create_task(client.drain())
+        await rig.broker.send(ack("PUBACK", 1))
+        assert await waiting and await client.drain(1)
+
+    play(scenario, [(1, "PUBLISH", 1, "silent")])
+
+
+def test_waiting_for_a_message_whose_record_is_gone_ends():
+    async def scenario(rig):
+        client = rig.client
+        client._pulse_ms = 1
+        packet_id = await client.publish("t", "a", qos=1)
+        await client.publish("t", "b", qos=1)
+        memory = rig.nor.mem
+        at = bytes(memory).find(b"\x00\x01t\x00\x01a")
+        memory[at + 5] = 0x7A  # bit rot
+        waiting = asyncio.create_task(client.acknowledged(packet_id))
+        await turns()
+        await client.start()
+        await raised(waiting, MessageDropped)
+        assert await client.drain(20)
+        assert rig.broker.delivered == [("t", b"b", 1)] and client.stats()["lost"] == 1
+
+    play(scenario, start=False)
+
+
+# Offline, and the end.
+
+
+def test_publish_before_start_and_offline_is_stored_and_sent_later():
+    async def scenario(rig):
+        client = rig.client
+        await client.publish("t", "a", qos=2)
+        await client.start()
+        assert await client.drain(20)
+        await rig.broker.stop()
+        await until(lambda: not client.connected)
+        await client.publish("t", "b", qos=1)
+        await rig.broker.start()
+        assert await client.drain(20)
+        assert [p for _, p, _ in rig.broker.delivered] == [b"a", b"b"]
+
+    play(scenario, start=False)
+
+
+def test_qos_0_offline_is_discarded_and_counted():
+    async def scenario(rig):
+        client = rig.client
+        assert await client.publish("t", "a", qos=0) is None
+        await client.start()
+        await rig.up()
+        await client.publish("t", "b", qos=0)
+        await until(lambda: rig.broker.delivered)
+        assert rig.broker.delivered == [("t", b"b", 0)]
+        assert client.stats()["discarded"] == 1 and client.stats()["stored"] == 0
+
+    play(scenario, start=False)
+
+
+def test_flood_of_qos_0_is_bounded_and_keeps_neither_messages_nor_acknowledgements_waiting():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        running = [True]
+
+        async def flood():
+            while running:
+                await client.publish("flood", b"x" * 900, qos=0)
+                assert len(client._outbox) <= 10
+
+        task = asyncio.create_task(flood())
+        client.on("in", lambda message: None)
+        await rig.broker.publish("in", b"a", 2, 5)
+        await client.acknowledged(await client.publish("t", "a" * 700, qos=2))
+        await rig.broker.expect("PUBCOMP 5")
+        running.clear()
+        await task
+
+    play(scenario)
+
+
+def test_close_flushes_and_sends_disconnect_and_nothing_after_it():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        for n in range(4):
+            await client.publish("t", "0%d" % n + "x" * 500, qos=0)
+        await client.publish("t", "1", qos=1)
+        await client.close()
+        await until(lambda: rig.broker.closed)
+        trace = rig.broker.trace()
+        assert len(trace) == 7 and trace[-1] == "DISCONNECT" and "PUBLISH 1 1" in trace
+        assert not client.connected
+
+    play(scenario)
+
+
+def test_close_of_a_client_that_is_not_connected_ends():
+    async def scenario(rig):
+        await rig.broker.stop()
+        await rig.client.start()
+        await until(lambda: rig.client._attempt)
+        await rig.client.close()
+        await rig.client.close()
+        assert rig.client._run_task is None
+
+    play(scenario, start=False, backoff_ms=(60000, 60000))
+
+
+def test_close_before_start_and_twice_is_harmless():
+    async def scenario(rig):
+        await rig.client.close()
+        await rig.client.start()
+        await rig.client.start()
+        await rig.up()
+        await rig.client.close()
+        await rig.client.close()
+        assert rig.broker.connections == 1
+
+    play(scenario, start=False)
+
+
+def test_close_inside_a_handler_works():
+    async def scenario(rig):
+        client = rig.client
+        closed = []
+
+        async def handler(message):
+            await client.close()
+            closed.append(True)
+
+        client.on("#", handler)
+        await rig.up()
+        await rig.broker.publish("t", b"a", 1, 1)
+        await until(lambda: closed and rig.broker.closed)
+        assert rig.broker.trace() == ["CONNECT", "DISCONNECT"]
+
+    play(scenario)
+
+
+def test_started_again_after_close_it_goes_on_where_it_was():
+    async def scenario(rig):
+        client = rig.client
+        await client.publish("t", "a", qos=1)
+        await rig.broker.expect("PUBLISH 1 a")
+        await client.close()
+        await client.publish("t", "b", qos=1)
+        await client.start()
+        assert await client.drain(20)
+        assert rig.broker.trace(2) == ["CONNECT", "PUBLISH 1 dup a", "PUBLISH 2 b"]
+
+    play(scenario, SILENT)
+
+
+def test_close_with_messages_unhandled_has_them_come_again_in_order():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        await rig.up()
+        for n in (1, 2, 3):
+            await rig.broker.publish("t", b"%d" % n, 2, n)
+        await until(lambda: len(client._inbox) == 2 and held.messages)
+        await client.close()
+        assert not rig.broker.named("PUBREC")
+        held.gate.set()
+        await client.start()
+        await rig.up(2)
+        for n in (1, 2, 3):
+            await rig.broker.publish("t", b"%d" % n, 2, n, dup=True)
+        await rig.broker.expect("PUBCOMP 3")
+        assert held.texts == ["1", "1", "2", "3"]
+        assert held.messages[0].token == held.messages[1].token
+
+    play(scenario)
+
+
+def test_orderly_close_leaves_a_journal_that_mounts_without_doubt():
+    async def scenario(rig):
+        await rig.client.publish("t", "a", qos=2, mark=41)
+        assert await rig.client.drain(20)
+        await rig.client.close()
+        programs = rig.nor.programs
+        client = rig.make()
+        assert rig.nor.programs == programs and client.mark == 41 and client.stats()["waiting"] == 0
+
+    play(scenario)
+
+
+# A flash that fails.
+
+
+class _Fault:
+    """Lets the rig's flash fail: .left operations from now on raise OSError(5)."""
+
+    def __init__(self, nor):
+        self.left = 0
+        self.hits = 0
+        wrap(nor, "writeblocks", self.act)
+        wrap(nor, "ioctl", self.act)
+
+    def act(self, original, *args):
+        if self.left and args[0] not in (4, 5):
+            self.left -= 1
+            self.hits += 1
+            raise OSError(5, "EIO")
+        return original(*args)
+
+
+def test_flash_that_fails_once_in_publish_is_mounted_anew_and_nothing_stored_is_lost():
+    for connected in (True, False):
+
+        async def scenario(rig):
+            client = rig.client
+            fault = _Fault(rig.nor)
+            if connected:
+                await client.start()
+                await rig.up()
+            await client.publish("t", "0000", qos=2, mark=0)
+            fault.left = 1
+            await raised(client.publish("t", "0001", qos=2, mark=1), OSError)
+            n = client.mark + 1  # what the program goes on with
+            while n < 4:
+                try:
+                    await client.publish("t", "%04d" % n, qos=2, mark=n)
+                except JournalUnavailable:
+                    await turns()
+                    continue
+                n += 1
+            await client.start()
+            assert await client.drain(20)
+            assert _numbers(rig.broker) == [0, 1, 2, 3] and fault.hits == 1
+
+        play(scenario, start=False)
+
+
+def test_flash_that_fails_at_any_one_operation_of_an_exchange_loses_and_doubles_nothing():
+    for at in range(1, 12):
+
+        async def scenario(rig):
+            client = rig.client
+            held = Gate(client)
+            held.gate.set()
+            fault = _Fault(rig.nor)
+            count = [0]
+
+            def act(original, *args):
+                if args[0] not in (4, 5):
+                    count[0] += 1
+                    fault.left = 1 if count[0] == at else 0
+                return original(*args)
+
+            wrap(fault, "act", act)
+            wrap(rig.nor, "writeblocks", lambda original, *args: act(original, *args))
+            await client.start()
+            n = 0
+            while n < 4:
+                try:
+                    await client.publish("t", "%04d" % n, qos=2, mark=n)
+                except (OSError, JournalUnavailable):
+                    await turns()
+                n = 0 if client.mark is None else client.mark + 1
+            answered = []
+
+            async def remind():  # a broker resends what is not acknowledged, over each new connection
+                for connection in range(1, 20):
+                    await until(lambda: rig.client.connected and rig.broker.connections >= connection)
+                    if connection == rig.broker.connections:
+                        await rig.broker.publish("in", b"in", 2, 9, dup=connection > 1)
+                    await until(lambda: rig.broker.named("PUBCOMP") or rig.broker.connections > connection)
+                    if rig.broker.named("PUBCOMP"):
+                        answered.append(True)
+                        return
+
+            task = asyncio.create_task(remind())
+            assert await client.drain(20)
+            await task
+            assert answered and _numbers(rig.broker) == [0, 1, 2, 3], at
+            tokens = {message.token for message in held.messages}
+            assert len(tokens) == 1 and len(held.messages) <= 2, at
+
+        play(scenario, start=False)
+
+
+def test_message_whose_handler_runs_while_the_flash_is_mounted_anew_is_handled_once():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        fault = _Fault(rig.nor)
+        await client.start()
+        await rig.up()
+        for n in (1, 2):
+            await rig.broker.publish("t", b"%d" % n, 2, n)
+        await until(lambda: held.messages and client._inbox)
+        fault.left = 1
+        await raised(client.publish("t", "x", qos=1), OSError)
+        await rig.up(2)
+        for n in (1, 2):
+            await rig.broker.publish("t", b"%d" % n, 2, n, dup=True)
+        await until(lambda: client.stats()["duplicates"] == 2)
+        held.gate.set()
+        await rig.broker.expect("PUBCOMP 2")
+        assert held.texts == ["1", "2"]
+
+    play(scenario, start=False)
+
+
+def test_new_session_that_could_not_be_recorded_is_recorded_the_next_time():
+    async def scenario(rig):
+        client = rig.client
+        fault = _Fault(rig.nor)
+        await client.start()
+        await client.subscribe("f", 1)
+        rig.broker.forget()
+
+        def fail(original, *args):
+            if args[0] is False and not fault.hits:
+                fault.left = 1
+            return original(*args)
+
+        wrap(client.store, "connected", fail)
+        await rig.broker.drop()
+        await until(lambda: rig.broker.sessions.get("p7", ({},))[0] == {"f": 1}, "SUBSCRIBE on the new session")
+        assert fault.hits == 1 and rig.broker.connections == 3
+
+    play(scenario, start=False)
+
+
+def test_flash_that_keeps_failing_makes_no_tight_loop():
+    async def scenario(rig):
+        client = rig.client
+        fault = _Fault(rig.nor)
+        await client.publish("t", "a", qos=2)
+        fault.left = 1000000
+        await client.start()
+        await until(lambda: client._attempt >= 4)
+        assert fault.hits < 50
+        fault.left = 0
+        assert await client.drain(20)
+        assert len(rig.broker.delivered) == 1
+
+    play(scenario, start=False)
+
+
+# A program's task that is cancelled.
+
+
+def test_cancelled_tasks_leave_the_client_sound():
+    async def scenario(rig):
+        client = rig.client
+        first = await client.publish("t", "a", qos=1)
+        calls = (
+            lambda: client.acknowledged(first),
+            lambda: client.drain(),
+            lambda: client.drain(1000),
+            lambda: client.subscribe("f", 1),
+            lambda: client.subscribe("f", 1),
+            lambda: client.unsubscribe("g"),
+            lambda: client.publish("t", "b", qos=1),
+            lambda: client.messages.__anext__(),
+        )
+        for call in calls:
+            task = asyncio.create_task(call())
+            await turns(3)
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                pass
+        assert len(client._requests) == 2
+        await client.start()
+        assert await client.drain(20)
+        await client.acknowledged(first)
+        assert await client.subscribe("f", 1) == 1
+        assert rig.broker.delivered == [("t", b"a", 1), ("t", b"b", 1)]
+        assert rig.broker.sessions["p7"][0] == {"f": 1}
+        assert client._requests == [] and client._waiters == {}
+
+    play(scenario, start=False)
+
+
+def test_cancelled_publish_that_waits_for_room_stores_nothing():
+    async def scenario(rig):
+        client = rig.client
+
+        async def program():
+            for n in range(1000):
+                await client.publish("t", "%04d" % n + "." * 400, qos=1)
+
+        task = asyncio.create_task(program())
+        await turns(300)
+        stored = client.stats()["stored"]
+        task.cancel()
+        await turns()
+        await client.start()
+        assert await client.drain(20)
+        assert _numbers(rig.broker) == list(range(stored))
+
+    play(scenario, start=False, size=16384, when_full="wait")
+
+
+def test_cancelled_close_can_be_repeated():
+    async def scenario(rig):
+        await rig.up()
+        task = asyncio.create_task(rig.client.close())
+        await asyncio.sleep_ms(0)
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            pass
+        await rig.client.close()
+        await until(lambda: rig.broker.closed)
+        await rig.client.start()
+        await rig.up(2)
+
+    play(scenario)
+
+
+# What must not be seen.
+
+
+def test_password_is_in_no_error_and_no_statistic():
+    async def scenario(rig):
+        client = rig.client
+        errors = []
+        wrap(client, "_failed", lambda original, e: (errors.append(e), original(e)))
+        await client.start()
+        await rig.up(3)
+        assert len(errors) == 2
+        seen = repr(errors) + repr(client.stats()) + str(client.last_error) + repr(rig.nor.mem)
+        assert SECRET not in seen
+        error = None
+        try:
+            rig.make(username=None)
+        except ValueError as e:
+            error = e
+        assert error and SECRET not in repr(error)
+
+    script = [(1, "CONNECT", 1, "refuse 4"), (2, "CONNECT", 1, b"rubbish")]
+    play(scenario, script, start=False, username="plant", password=SECRET)

@@ -1,0 +1,1013 @@
+"""The rules of the session, one by one, with a restart from the flash wherever it could hurt."""
+
+import gc
+import sys
+
+import powercut
+from mqtt_durable.errors import JournalFull, ProtocolError
+from mqtt_durable.journal import Journal
+from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC, PUBREL
+from mqtt_durable.store import Store, identity
+from norsim import Nor, PowerCut
+
+_UNITS = (4, 16, 256)
+
+
+def _raises(kind, function, *args):
+    try:
+        function(*args)
+    except kind as e:
+        return e
+    raise AssertionError("%s was not raised for %r" % (kind.__name__, args))
+
+
+def _open(nor, in_flight=4, when_full="raise", finished=None):
+    """A store as after a restart."""
+    store = Store(Journal(nor, nor.prog_size, None, lambda n: b"\x5a" * n), in_flight, when_full, finished)
+    store.open()
+    return store
+
+
+def _begin(unit=4, sectors=8, **options):
+    """A new device, connected to a broker that has no session yet: (nor, store)."""
+    nor = Nor(4096 * sectors, unit)
+    store = _open(nor, **options)
+    store.connected(False, 7)
+    return nor, store
+
+
+def _peek(nor, **options):
+    """What a restart now would find; the device stays as it is."""
+    copy = Nor(nor.size, nor.prog_size)
+    copy.mem[:] = nor.mem
+    return _open(copy, **options)
+
+
+def _reopen(nor, present=True, **options):
+    """Restart and connect again."""
+    store = _open(nor, **options)
+    store.connected(present, 7)
+    return store
+
+
+def _bytes(store, size=1024):
+    buf = memoryview(bytearray(size))
+    data = b""
+    while True:
+        n = store.fill(buf, 0)
+        if not n:
+            return data
+        data += bytes(buf[:n])
+
+
+def _sent(store, size=1024):
+    """All that is to be sent now: (type and flags, packet identifier, payload or None) of each packet."""
+    packets, rest = powercut.split(_bytes(store, size))
+    assert not rest
+    found = []
+    for packet in packets:
+        if packet[0] >> 4 == 3:
+            packet_id, _, payload = powercut.publish_fields(packet)
+            found.append((packet[0], packet_id, payload))
+        else:
+            found.append((packet[0], powercut.id_of(packet), None))
+    return found
+
+
+def _publish(store, count, qos=1, first=0, size=0, mark=False):
+    """Publish payloads b"0", b"1", ...; return their packet identifiers."""
+    ids = []
+    for number in range(first, first + count):
+        ids.append(store.publish("t", b"%d" % number + b"." * size, qos, False, number if mark else None))
+    return ids
+
+
+def _receive(store, packet_id, qos=2):
+    """A message comes and the handler takes it."""
+    assert store.on_publish(qos, packet_id)
+    store.handled(qos, packet_id, store.session.epoch)
+
+
+def _laps(store, bytes_):
+    """Let the head run on over bytes_ bytes."""
+    done = 0
+    while done < bytes_:
+        packet_id = store.publish("lap", b"x" * 400, 1)
+        _bytes(store)
+        store.on_ack(PUBACK, packet_id)
+        done += 420
+
+
+# -- outbound: rules 1 to 4
+
+
+def test_publish_returns_when_its_record_is_programmed():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        programs = nor.programs
+        packet_id = store.publish("plant/7/temp", b"21.5", 2, True)
+        assert nor.programs > programs
+        packets, _ = powercut.split(_bytes(_reopen(nor)))
+        assert packets == [b"\x3d\x14\x00\x0cplant/7/temp\x00" + bytes((packet_id,)) + b"21.5"], unit
+
+
+def test_a_message_is_sent_as_it_was_given():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        store.publish("a/b", b"", 1)
+        store.publish(b"a/\xc3\xa4", memoryview(b"\x00\xff"), 2, True)
+        store.publish("x" * 300, b"y" * 100, 1)
+        packets, rest = powercut.split(_bytes(store))
+        assert not rest
+        assert packets[0] == b"\x32\x07\x00\x03a/b\x00\x01"
+        assert packets[1] == b"\x35\x0a\x00\x04a/\xc3\xa4\x00\x02\x00\xff"
+        assert packets[2] == b"\x32\x94\x03\x01\x2c" + b"x" * 300 + b"\x00\x03" + b"y" * 100
+
+
+def test_bad_arguments_are_refused_and_change_nothing():
+    nor, store = _begin()
+    ops = nor.ops
+    for topic in ("", "a/#", "+", "a\0", b"\xff"):
+        _raises(ValueError, store.publish, topic, b"", 1)
+    _raises(ValueError, store.publish, "t", b"x" * 4096, 1)
+    assert nor.ops == ops and not store.waiting and store.stored == 0
+    assert store.publish("t", b"", 1) == 1
+
+
+def test_the_largest_message_is_the_one_named_by_the_error():
+    for unit in _UNITS:
+        for mark in (None, 5):
+            nor, store = _begin(unit)
+            error = _raises(ValueError, store.publish, "t", b"x" * 4096, 1, False, mark)
+            most = int(str(error).split()[-1])
+            _raises(ValueError, store.publish, "t", b"x" * most, 1, False, mark)
+            _publish(store, 3)
+            for packet_id in [entry[1] for entry in _sent(store)]:
+                store.on_ack(PUBACK, packet_id)  # their DONEs must not make it too large
+            store.publish("t", b"x" * (most - 1), 1, False, mark)
+            assert len(_sent(_reopen(nor))[-1][2]) == most - 1
+
+
+def test_pubrel_goes_out_only_after_its_record():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        store.publish("t", b"a", 2)
+        _bytes(store)
+        store.on_ack(PUBREC, 1)
+        nor.cut_after(1, "none")
+        _raises(PowerCut, _bytes, store)  # not a byte before the record
+        nor.power_on()
+        store = _reopen(nor)
+        assert _sent(store) == [(0x3C, 1, b"a")]
+        store.on_ack(PUBREC, 1)
+        assert _sent(store) == [(0x62, 1, None)]
+        for _ in range(2):
+            assert _sent(_reopen(nor)) == [(0x62, 1, None)]  # never PUBLISH again
+
+
+def test_an_acknowledgement_costs_no_program_and_rides_with_the_next_record():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        _publish(store, 2)
+        _bytes(store)
+        programs = nor.programs
+        store.on_ack(PUBACK, 1)
+        assert nor.programs == programs and store.waiting == 1
+        assert [entry[:2] for entry in _sent(_reopen(nor))] == [(0x3A, 1), (0x3A, 2)]  # losing it only repeats
+        nor, store = _begin(unit)
+        _publish(store, 2)
+        _bytes(store)
+        store.on_ack(PUBACK, 1)
+        store.publish("t", b"c", 1)
+        assert [entry[:2] for entry in _sent(_reopen(nor))] == [(0x3A, 2), (0x3A, 3)]
+
+
+def test_an_acknowledgement_is_recorded_by_commit_and_by_close():
+    for orderly in (False, True):
+        nor, store = _begin()
+        _publish(store, 2, 2)
+        _bytes(store)
+        store.on_ack(PUBREC, 1)
+        store.on_ack(PUBCOMP, 1)
+        if orderly:
+            store.close()
+        else:
+            store.commit()
+        store = _reopen(nor)
+        assert store.waiting == 1 and _sent(store) == [(0x3C, 2, b"1")]
+
+
+def test_at_most_16_acknowledgements_wait_for_their_record():
+    nor, store = _begin(in_flight=64)
+    _publish(store, 40)
+    _bytes(store)
+    for packet_id in range(1, 41):
+        store.on_ack(PUBACK, packet_id)
+        again = _peek(nor, in_flight=64)
+        assert again.waiting - store.waiting <= 16
+    assert store.waiting == 0
+
+
+def test_packet_identifiers_wrap_and_keep_their_order():
+    for unit in _UNITS:
+        nor, store = _begin(unit, in_flight=3)
+        _publish(store, 1)
+        _sent(store)
+        store.on_ack(PUBACK, 1)
+        store.session.newest = store._taken = 65532  # as after as many messages
+        store.begin(7)
+        assert _publish(store, 6) == [65533, 65534, 65535, 1, 2, 3]
+        store.connected(True, 7)
+        sent = [entry[1] for entry in _sent(store)]
+        while store.waiting:
+            packet_id = [p for p in (65533, 65534, 65535, 1, 2, 3) if p in store.session.out][0]
+            store.on_ack(PUBACK, packet_id)
+            sent += [entry[1] for entry in _sent(store)]
+        assert sent == [65533, 65534, 65535, 1, 2, 3], unit
+
+
+def test_the_order_across_the_wrap_survives_a_restart():
+    for unit in _UNITS:
+        nor, store = _begin(unit, in_flight=3)
+        for lap in range(64):  # nearly a whole round, of which only the last message counts
+            store.session.newest = (store.session.newest + 1022) % 65535
+            packet_id = store.publish("t", b"", 1)
+            _sent(store)
+            store.on_ack(PUBACK, packet_id)
+        store.session.newest = 65531
+        ids = _publish(store, 7)
+        assert ids == [65532, 65533, 65534, 65535, 1, 2, 3]
+        store = _reopen(nor, in_flight=3)
+        sent = []
+        while store.waiting:
+            now = [entry[1] for entry in _sent(store)]
+            assert now
+            sent += now
+            store.on_ack(PUBACK, now[0])
+            for packet_id in now[1:]:
+                store.on_ack(PUBACK, packet_id)
+        assert sent[-7:] == ids, unit
+
+
+def test_a_live_identifier_is_never_given_again():
+    nor, store = _begin(in_flight=4)
+    stuck = store.publish("t", b"stuck", 1)
+    _bytes(store)
+    store.session.newest = 65535
+    assert stuck == 1
+    assert store.publish("t", b"next", 1) == 2
+    request = store.session.request_id()
+    assert request == 3 and store.publish("t", b"", 1) == 4  # SUBSCRIBE draws from the same space
+
+
+# -- inbound: rules 5 to 7
+
+
+def test_pubrec_goes_out_only_after_its_record():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        _receive(store, 9)
+        nor.cut_after(1, "none")
+        _raises(PowerCut, _bytes, store)
+        nor.power_on()
+        store = _reopen(nor)
+        _receive(store, 9)  # again: neither side had agreed
+        assert _sent(store) == [(0x50, 9, None)]
+        store = _reopen(nor)
+        assert not store.on_publish(2, 9) and _sent(store) == [(0x50, 9, None)]
+        assert store.duplicates == 1
+
+
+def test_pubcomp_goes_out_only_after_its_record():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        _receive(store, 9)
+        _bytes(store)
+        store.on_ack(PUBREL, 9)
+        nor.cut_after(1, "none")
+        _raises(PowerCut, _bytes, store)
+        nor.power_on()
+        store = _reopen(nor)
+        assert not store.on_publish(2, 9)
+        store.on_ack(PUBREL, 9)
+        assert _sent(store) == [(0x50, 9, None), (0x70, 9, None)]
+        store = _reopen(nor)
+        assert store.on_publish(2, 9)  # the identifier is free for a new message, which must not be swallowed
+
+
+def test_received_and_done_with_one_identifier_again_and_again_are_replayed_in_order():
+    for rounds in (1, 2, 5):
+        nor, store = _begin()
+        for _ in range(rounds):
+            _receive(store, 9)
+            store.on_ack(PUBREL, 9)
+        _bytes(store)
+        assert not _peek(nor).session.held
+        _receive(store, 9)
+        _bytes(store)
+        assert list(_peek(nor).session.held) == [9]
+
+
+def test_puback_is_sent_when_the_handler_has_returned():
+    nor, store = _begin()
+    assert store.on_publish(1, 5)
+    assert _sent(store) == []
+    store.handled(1, 5, store.session.epoch)
+    assert _sent(store) == [(0x40, 5, None)]
+    assert store.on_publish(1, 5)  # at least once
+
+
+def test_the_token_is_the_same_exactly_when_the_message_is():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        tokens = []
+        for packet_id in (1, 2, 1, 2, 3):
+            assert store.on_publish(2, packet_id)
+            token = store.token(packet_id)
+            # The handler has taken effect, the power fails before the record.
+            store = _reopen(nor)
+            assert store.on_publish(2, packet_id)
+            assert store.token(packet_id) == token
+            store.handled(2, packet_id, store.session.epoch)
+            _bytes(store)
+            store.on_ack(PUBREL, packet_id)
+            _bytes(store)
+            tokens.append(token)
+        assert len(set(tokens)) == 5 and min(tokens) > 0
+
+
+def test_a_token_of_the_old_session_is_not_given_to_a_message_of_the_new_one():
+    nor, store = _begin()
+    _receive(store, 1)
+    _bytes(store)
+    store.on_publish(2, 2)
+    token = store.token(2)
+    store = _reopen(nor, False)
+    for _ in range(20):
+        store.on_publish(2, 2)
+        assert store.token(2) != token
+        store.handled(2, 2, store.session.epoch)
+        store.on_ack(PUBREL, 2)
+        _bytes(store)
+
+
+def test_a_snapshot_counts_no_message_before_its_record():
+    # A commit that turns to a new sector programs the snapshot before the record it makes room for.
+    nor, store = _begin()
+    before = store.state()
+    _receive(store, 5)
+    assert store.state() == before
+    _bytes(store)
+    assert store.state() != before
+
+
+def test_acknowledgements_of_the_unknown_are_answered_as_the_standard_says():
+    nor, store = _begin()
+    ops = nor.ops
+    store.on_ack(PUBREC, 77)
+    store.on_ack(PUBREL, 78)
+    store.on_ack(PUBACK, 79)
+    store.on_ack(PUBCOMP, 80)
+    assert _sent(store) == [(0x62, 77, None), (0x70, 78, None)]
+    assert store.session.unknown == 4 and nor.ops == ops
+
+
+def test_an_acknowledgement_that_cannot_be_is_a_protocol_error_and_costs_nothing():
+    nor, store = _begin()
+    _publish(store, 1, 2)
+    _bytes(store)
+    _raises(ProtocolError, store.on_ack, PUBACK, 1)
+    assert [entry[:2] for entry in _sent(_reopen(nor))] == [(0x3C, 1)]
+
+
+def test_no_more_answers_than_fit_are_taken():
+    nor, store = _begin()
+    taken = 0
+    while store.can_answer:
+        store.on_ack(PUBREL, 1 + taken)
+        taken += 1
+    assert taken == 64 and len(_sent(store)) == 64 and store.can_answer
+
+
+# -- reconnect: rules 8 to 10
+
+
+def test_the_unfinished_go_out_again_in_order_before_anything_new_and_once_a_connection():
+    for unit in _UNITS:
+        for restart in (False, True):
+            nor, store = _begin(unit, in_flight=6)
+            for number, qos in enumerate((1, 2, 2, 1, 2)):
+                store.publish("t", b"%d" % number, qos)
+            _bytes(store)
+            store.on_ack(PUBREC, 2)
+            store.on_ack(PUBACK, 4)
+            _bytes(store)
+            if restart:
+                store = _reopen(nor, in_flight=6)
+            else:
+                store.disconnected()
+                store.connected(True, 7)
+            store.publish("t", b"new", 1)
+            expected = [(0x3A, 1, b"0"), (0x62, 2, None), (0x3C, 3, b"2"), (0x3C, 5, b"4"), (0x32, 6, b"new")]
+            assert _sent(store) == expected, (unit, restart)
+            assert _sent(store) == []
+            assert store.resent == 4
+
+
+def test_without_a_session_all_goes_out_as_new_and_what_had_its_pubrec_is_over():
+    for unit in _UNITS:
+        done = []
+        nor, store = _begin(unit, in_flight=6)
+        for number, qos in enumerate((1, 2, 2)):
+            store.publish("t", b"%d" % number, qos)
+        _bytes(store)
+        store.on_ack(PUBREC, 2)
+        _receive(store, 40)
+        _bytes(store)
+        store.subscribed("a/#", 1, 1)
+        store = _open(nor, finished=lambda packet_id, ok: done.append((packet_id, ok)))
+        assert store.granted("a/#", 1) == 1 and list(store.session.held) == [40]
+        store.connected(False, 7)
+        assert _sent(store) == [(0x32, 1, b"0"), (0x34, 3, b"2")], unit
+        assert done == [(2, True)]
+        store = _reopen(nor)  # and so it stays
+        assert not store.session.held and store.granted("a/#", 1) is None
+        assert _sent(store) == [(0x3A, 1, b"0"), (0x3C, 3, b"2")]
+        assert store.on_publish(2, 40)
+
+
+def test_a_new_journal_knows_no_session_and_an_old_one_knows_whose():
+    nor = Nor(32768)
+    store = _open(nor)
+    assert store.identity == 0
+    me = identity("device", "broker", 1883)
+    assert me and me != identity("device", "broker", 1884) and me != identity("devic", "ebroker", 1883)
+    _publish(store, 1)
+    assert _peek(nor).identity == 0 and _peek(nor).waiting == 1
+    store.begin(me)
+    store = _open(nor)
+    assert store.identity == me
+    other = identity("other", "broker", 1883)
+    store.connected(False, other)
+    assert _sent(store) == [(0x32, 1, b"0")]  # the messages are kept
+    assert _peek(nor).identity == other
+
+
+def test_nothing_is_answered_or_half_sent_after_a_reconnection():
+    nor, store = _begin()
+    store.publish("t", b"x" * 500, 1)
+    buf = memoryview(bytearray(100))
+    assert store.fill(buf, 0) == 100 and store.rest
+    store.on_ack(PUBREL, 9)
+    store.disconnected()
+    store.connected(True, 7)
+    assert store.rest == 0
+    assert [entry[:2] for entry in _sent(store)] == [(0x3A, 1)]
+
+
+def test_a_handler_that_ends_after_the_session_changes_nothing_in_the_new_one():
+    nor, store = _begin()
+    assert store.on_publish(2, 9) and store.on_publish(1, 10)
+    epoch = store.session.epoch
+    store.disconnected()
+    store.connected(False, 7)
+    store.handled(2, 9, epoch)
+    store.handled(1, 10, epoch)
+    assert _sent(store) == [] and not store.session.held
+    assert store.on_publish(2, 9)
+
+
+def test_a_handler_that_ends_on_the_next_connection_answers_what_came_again():
+    nor, store = _begin()
+    assert store.on_publish(2, 9)
+    store.disconnected()
+    store.connected(True, 7)
+    assert not store.on_publish(2, 9)
+    store.handled(2, 9, store.session.epoch)
+    assert _sent(store) == [(0x50, 9, None)]
+    assert not store.on_publish(2, 9)
+
+
+def test_subscriptions_survive_until_they_are_ended():
+    for unit in _UNITS:
+        nor, store = _begin(unit, sectors=4)
+        store.subscribed("a/+", 1, 1)
+        store.subscribed("b/#", 2, 0)
+        store.subscribed("c", 0, 0)
+        store.unsubscribing("c")
+        _laps(store, 40000)
+        store = _open(nor)
+        assert store.granted("a/+", 1) == 1 and store.granted("b/#", 2) == 0
+        assert store.granted("a/+", 2) is None and store.granted("c", 0) is None
+        store.unsubscribing("a/+")
+        store = _open(nor)
+        assert store.granted("a/+", 1) is None and store.granted("b/#", 2) == 0
+
+
+def test_a_connect_without_answer_puts_the_subscriptions_in_doubt():
+    for restart, laps in ((False, 0), (True, 0), (True, 40000)):
+        nor, store = _begin()
+        store.subscribed("a/+", 1, 1)
+        for _ in range(3):  # answered: nothing is in doubt
+            store.disconnected()
+            store.connecting()
+            store.connected(True, 7)
+            assert store.granted("a/+", 1) == 1
+        store.commit()
+        store.disconnected()
+        store.connecting()
+        _laps(store, laps)
+        if restart:
+            store = _open(nor)
+        store.disconnected()
+        assert store.granted("a/+", 1) == 1
+        store.connecting()
+        store.connected(True, 7)
+        # The session may be one that the CONNECT without answer began.
+        assert store.granted("a/+", 1) is None
+        assert _peek(nor).granted("a/+", 1) is None
+        store.subscribed("a/+", 1, 1)
+        store = _open(nor)
+        store.connecting()
+        store.connected(True, 7)
+        assert store.granted("a/+", 1) == 1
+
+
+def test_connecting_costs_nothing_without_subscriptions():
+    nor, store = _begin()
+    ops = nor.ops
+    store.disconnected()
+    store.connecting()
+    store.connected(True, 7)
+    store.commit()
+    assert nor.ops == ops
+
+
+# -- the queue: rules 11 and 12
+
+
+def _drain(store):
+    """Acknowledge all; return the payloads in the order they were sent in."""
+    payloads = []
+    while True:
+        now = _sent(store)
+        if not now:
+            return payloads
+        assert len(now) <= store.session.limit
+        for first, packet_id, payload in now:
+            payloads.append(payload)
+            store.on_ack(PUBACK, packet_id)
+
+
+def test_only_the_window_is_sent_the_rest_waits_on_flash():
+    for unit in _UNITS:
+        nor, store = _begin(unit, in_flight=4)
+        _publish(store, 30)
+        assert [entry[1] for entry in _sent(store)] == [1, 2, 3, 4]
+        assert _sent(store) == [] and store.waiting == 30 and len(store.session.out) == 4
+        store.on_ack(PUBACK, 2)
+        assert [entry[1] for entry in _sent(store)] == [5]
+
+
+def test_the_order_survives_a_restart_in_the_middle_of_the_queue():
+    for unit in _UNITS:
+        for done in (0, 1, 5):
+            nor, store = _begin(unit, in_flight=4)
+            _publish(store, 40)
+            for packet_id in range(1, done + 1):
+                _sent(store)
+                store.on_ack(PUBACK, packet_id)
+            store.commit()
+            store = _reopen(nor, in_flight=4)
+            assert store.waiting == 40 - done
+            assert _drain(store) == [b"%d" % number for number in range(done, 40)], (unit, done)
+            assert store.waiting == 0 and store.lost == 0
+
+
+def test_a_smaller_window_after_a_restart_is_kept_to():
+    nor, store = _begin(in_flight=64)
+    _publish(store, 70)
+    _sent(store)
+    for packet_id in range(1, 41):
+        store.on_ack(PUBACK, packet_id)
+    store.commit()
+    store = _reopen(nor, in_flight=2)
+    assert [entry[1] for entry in _sent(store)] == [41, 42]
+    store.on_ack(PUBACK, 41)
+    assert [entry[1] for entry in _sent(store)] == [43]
+    while store.waiting:
+        for packet_id in store.session.order()[::-1]:
+            store.on_ack(PUBACK, packet_id)
+        _sent(store)
+    assert store.lost == 0
+
+
+def _held_objects(store):
+    count = 0
+    for owner in (store, store.session):
+        for value in owner.__dict__.values():
+            if isinstance(value, (dict, list, set, tuple)):
+                count += len(value)
+    return count
+
+
+def test_ram_does_not_grow_with_the_backlog():
+    nor, store = _begin(in_flight=4)
+    _publish(store, 20)
+    _sent(store)
+    objects = _held_objects(store)
+    gc.collect()
+    used = gc.mem_alloc() if sys.implementation.name == "micropython" else 0
+    for number in range(600):
+        store.publish("t", b"more", 1)
+    assert _held_objects(store) == objects and store.waiting == 620
+    gc.collect()
+    if used:
+        assert gc.mem_alloc() - used < 256  # CPython cannot tell
+    again = _peek(nor, in_flight=4)
+    assert again.waiting == 620 and _held_objects(again) < 32
+
+
+def test_a_full_journal_refuses_and_loses_nothing():
+    for unit in _UNITS:
+        for options in ({}, {"when_full": "wait"}):
+            nor, store = _begin(unit, sectors=4, in_flight=4, **options)
+            accepted = 0
+            while True:
+                newest = store.session.newest
+                try:
+                    _publish(store, 1, first=accepted, size=100, mark=True)
+                except JournalFull:
+                    break
+                accepted += 1
+            assert 10 < accepted < 200
+            assert store.waiting == accepted and store.mark == accepted - 1 and store.session.newest == newest
+            found = _peek(nor, in_flight=4, **options)
+            assert found.waiting == accepted and found.mark == accepted - 1
+            assert [int(p.split(b".")[0]) for p in _drain(store)] == list(range(accepted)), unit
+            store.publish("t", b"again", 1)
+
+
+def test_a_full_journal_never_locks_up():
+    # Whatever is published whenever there is room, every acknowledgement can still be recorded, inbound ones too.
+    for unit in _UNITS:
+        for size in (0, 150, 900):
+            nor, store = _begin(unit, sectors=4, in_flight=3)
+            number = 0
+            for turn in range(60):
+                while True:
+                    try:
+                        _publish(store, 1, 2, number, size)
+                    except JournalFull:
+                        break
+                    number += 1
+                    if number % 40 == 0:
+                        break
+                _sent(store)
+                for packet_id in store.session.order()[::-1]:
+                    if store.session.out[packet_id] & 3 == 2:
+                        store.on_ack(PUBREC, packet_id)
+                        _sent(store)
+                        store.on_ack(PUBCOMP, packet_id)
+                _receive(store, turn % 10 + 1)
+                _sent(store)
+                store.on_ack(PUBREL, turn % 10 + 1)
+                _sent(store)
+            assert store.acknowledged > 100 and store.lost == 0, (unit, size)
+
+
+def test_drop_oldest_makes_room_and_tells():
+    for unit in _UNITS:
+        dropped = []
+        nor, store = _begin(
+            unit, 4, in_flight=4, when_full="drop_oldest", finished=lambda packet_id, ok: dropped.append((packet_id, ok))
+        )
+        _publish(store, 4, size=100)
+        _sent(store)  # in flight: never dropped
+        ids = _publish(store, 300, first=4, size=100, mark=True)
+        assert dropped and not any(ok for _, ok in dropped)
+        assert store.dropped == len(dropped) and store.waiting == 304 - len(dropped)
+        gone = [packet_id for packet_id, _ in dropped]
+        assert gone == list(range(5, 5 + len(gone)))  # the oldest, in order
+        assert not store.is_live(gone[0]) and store.is_live(ids[-1])
+        left = [b"%d" % n + b"." * 100 for n in range(304) if n + 1 not in gone]
+        again = _reopen(nor, in_flight=4)
+        assert again.waiting == len(left) and again.mark == 303  # the dropped do not come back
+        dropped.clear()
+        assert _drain(again) == left, unit
+
+
+# -- the mark: rule 13
+
+
+def test_the_mark_is_that_of_the_newest_message_accepted():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        assert store.mark is None and _peek(nor).mark is None
+        for mark in (0, 5, -1, 2**63 - 1, -(2**63)):
+            store.publish("t", b"", 1, False, mark)
+            assert store.mark == mark and _peek(nor).mark == mark
+        store.publish("t", b"", 1)  # without one
+        assert _peek(nor).mark == mark
+
+
+def test_the_mark_outlives_its_message_and_its_sector():
+    for unit in _UNITS:
+        nor, store = _begin(unit, sectors=4)
+        packet_id = store.publish("t", b"", 1, False, 4711)
+        _sent(store)
+        store.on_ack(PUBACK, packet_id)
+        for _ in range(3):
+            _laps(store, 20000)
+            assert _peek(nor).mark == 4711
+        assert min(nor.erases) > 1
+
+
+def test_a_publish_cut_short_is_there_with_its_mark_or_not_at_all():
+    for unit in _UNITS:
+        for operation in range(1, 4):
+            for mode in ("none", "all", "prefix", "bits"):
+                nor, store = _begin(unit)
+                store.publish("t", b"a", 2, False, 1)
+                nor.cut_after(operation, mode, seed=operation)
+                try:
+                    store.publish("t", b"b" * 300, 2, False, 2)
+                except PowerCut:
+                    pass
+                nor.power_on()
+                store = _reopen(nor)
+                there = [entry[2][:1] for entry in _sent(store)]
+                assert (store.mark, there) in ((1, [b"a"]), (2, [b"a", b"b"])), (unit, operation, mode)
+
+
+# -- large messages, the buffer
+
+
+def test_a_message_larger_than_the_buffer_comes_in_pieces_with_nothing_in_between():
+    for unit in _UNITS:
+        nor, store = _begin(unit, sectors=4)
+        payload = bytes([i * 7 & 255 for i in range(3000)])
+        for restart in (False, True):
+            if restart:
+                store = _reopen(nor)
+            else:
+                store.publish("big", payload, 1)
+                store.publish("t", b"next", 1)
+            buf = memoryview(bytearray(256))
+            data = b""
+            while True:
+                n = store.fill(buf, 0)
+                if not n:
+                    break
+                data += bytes(buf[:n])
+                if len(data) == 256:
+                    store.on_ack(PUBREL, 9)  # its answer has to wait
+                    assert store.rest
+            packets, rest = powercut.split(data)
+            assert [p[0] & 0xF7 for p in packets] == [0x32, 0x70, 0x32] and not rest
+            assert powercut.publish_fields(packets[0])[2] == payload
+
+
+def test_a_message_in_pieces_may_be_carried_forward_meanwhile():
+    nor, store = _begin(sectors=4)
+    payload = bytes([i * 7 & 255 for i in range(1500)])
+    store.publish("big", payload, 1)
+    buf = memoryview(bytearray(64))
+    n = store.fill(buf, 0)
+    data = bytes(buf[:n])
+    where = store.session.out[1]
+    number = 0
+    while store.session.out[1] == where:
+        try:
+            _publish(store, 1, size=300, first=number)
+        except JournalFull:
+            raise AssertionError("full before the sector was given up")
+        number += 1
+        for _ in range(8):  # facts that use up the head
+            store.on_publish(2, 1)
+            store.handled(2, 1, store.session.epoch)
+            store.commit()
+            store.on_ack(PUBREL, 1)
+            store.commit()
+            store.answers = 0
+        if store.queued > 3:
+            break
+    while store.rest:
+        n = store.fill(buf, 0)
+        data += bytes(buf[:n])
+    packets, _ = powercut.split(data)
+    assert powercut.publish_fields(packets[0])[2] == payload
+
+
+def test_fill_leaves_what_is_in_the_buffer_before_it():
+    nor, store = _begin()
+    store.publish("t", b"abc", 1)
+    buf = memoryview(bytearray(b"0123456789" + bytes(20)))
+    end = store.fill(buf, 10)
+    assert bytes(buf[:10]) == b"0123456789" and bytes(buf[10:end]) == b"\x32\x08\x00\x01t\x00\x01abc"
+
+
+def test_a_packet_that_does_not_fit_behind_others_waits_for_the_next_buffer():
+    nor, store = _begin()
+    _publish(store, 2, size=40)
+    buf = memoryview(bytearray(60))
+    first = store.fill(buf, 0)
+    packets, rest = powercut.split(bytes(buf[:first]))
+    assert len(packets) == 1 and not rest and not store.rest
+    assert len(_sent(store)) == 1
+
+
+# -- damage
+
+
+def _rot(nor, needle):
+    """Clear a bit of the only place where needle is stored."""
+    at = bytes(nor.mem).find(needle)
+    assert at >= 0 and bytes(nor.mem).find(needle, at + 1) < 0
+    nor.mem[at] &= nor.mem[at] - 1
+
+
+def test_a_rotted_message_is_lost_alone_and_counted():
+    for unit in _UNITS:
+        for restart in (False, True):
+            for number in (1, 2, 7, 8):  # in the window, and behind it
+                nor, store = _begin(unit, in_flight=4)
+                for n in range(10):
+                    store.publish("t", b"payload-%d" % n, 1)
+                _rot(nor, b"payload-%d" % number)
+                if restart:
+                    store = _reopen(nor, in_flight=4)
+                    assert store.journal.damaged == 1
+                left = [b"payload-%d" % n for n in range(10) if n != number]
+                assert _drain(store) == left, (unit, restart, number)
+                assert store.waiting == 0 and (restart or store.lost == 1)
+                store.publish("t", b"after", 1)
+                assert _drain(store) == [b"after"]
+
+
+def test_a_rotted_message_in_flight_is_lost_alone_when_its_sector_is_given_up():
+    nor, store = _begin(sectors=4, in_flight=4)
+    for n in range(3):
+        store.publish("t", b"payload-%d" % n, 1)
+    _sent(store)
+    _rot(nor, b"payload-1")
+    _laps(store, 20000)
+    store.commit()
+    assert sorted(store.session.out) == [1, 3] and store.lost == 1
+    assert [entry[2] for entry in _sent(_reopen(nor))] == [b"payload-0", b"payload-2"]
+
+
+def test_a_message_published_when_only_a_rotted_one_is_left_in_the_queue_is_not_lost_with_it():
+    nor, store = _begin(256, in_flight=1)
+    number = 0
+    while nor.mem[4096 - 256 : 4096] == b"\xff" * 256:  # each record has a page: the last one ends with its sector
+        store.publish("t", b"payload-%d" % number, 1)
+        number += 1
+    _rot(nor, b"payload-5")
+    for last in [n for n in range(number) if n != 5]:
+        assert [entry[2] for entry in _sent(store)] == [b"payload-%d" % last]
+        if last < number - 1:
+            store.on_ack(PUBACK, last + 1)
+    store.publish("t", b"after", 1)
+    store.on_ack(PUBACK, number)
+    assert [entry[2] for entry in _sent(store)] == [b"after"] and store.lost == 1
+
+
+def test_a_rotted_message_does_no_harm_when_a_full_journal_is_packed():
+    for unit in _UNITS:
+        nor, store = _begin(unit, sectors=4, in_flight=2)
+        number = 0
+        while True:
+            try:
+                store.publish("t", b"payload-%d." % number + bytes(200), 1)
+            except JournalFull:
+                break
+            number += 1
+        bad = number - 3
+        _rot(nor, b"payload-%d." % bad)
+        seq = store.journal.seq
+        for turn in range(300):  # facts alone: no message goes
+            _receive(store, 1)
+            store.commit()
+            store.on_ack(PUBREL, 1)
+            store.commit()
+            store.answers = 0
+        assert store.journal.seq > seq
+        assert [int(p[8:].split(b".")[0]) for p in _drain(store)] == [n for n in range(number) if n != bad], unit
+        assert store.lost == 1 and store.waiting == 0
+
+
+def test_a_journal_of_rubbish_is_no_obstacle():
+    for filler in (b"\0", b"\x5a"):
+        nor = Nor(32768)
+        nor.mem[:] = filler * 32768
+        store = _open(nor)
+        assert store.waiting == 0 and store.identity == 0 and store.mark is None
+        store.publish("t", b"a", 1)
+        assert _peek(nor).waiting == 1
+
+
+def test_a_failed_device_leaves_what_is_stored_and_open_takes_it_up_again():
+    nor, store = _begin()
+    _publish(store, 2)
+    whole = nor.writeblocks
+
+    def fails(*_):
+        raise OSError(5)
+
+    nor.writeblocks = fails
+    _raises(OSError, store.publish, "t", b"c", 1)
+    assert store.waiting == 2
+    nor.writeblocks = whole
+    store.open()
+    store.connected(True, 7)
+    assert [entry[2] for entry in _sent(store)] == [b"0", b"1"]
+    store.publish("t", b"c", 1)
+
+
+# -- the ring
+
+
+def test_messages_in_every_state_are_carried_forward_over_many_laps():
+    for unit in _UNITS:
+        nor, store = _begin(unit, sectors=4, in_flight=8)
+        store.publish("t", b"one", 1)
+        store.publish("t", b"two", 2)
+        store.publish("t", b"rel", 2)
+        store.subscribed("a/#", 2, 2)
+        _receive(store, 3)
+        _sent(store)
+        store.on_ack(PUBREC, 3)
+        for lap in range(3):
+            _laps(store, 20000)
+            found = _reopen(nor, in_flight=8)
+            assert sorted((p, w & 3) for p, w in found.session.out.items() if p <= 3) == [(1, 1), (2, 2), (3, 3)]
+            assert list(found.session.held) == [3] and found.granted("a/#", 2) == 2 and found.identity == 7
+            assert [e for e in _sent(found) if e[1] <= 3] == [(0x3A, 1, b"one"), (0x3C, 2, b"two"), (0x62, 3, None)]
+            store = _reopen(nor, in_flight=8)
+        assert store.lost == 0
+
+
+def test_many_held_messages_are_carried_forward():
+    nor, store = _begin(sectors=4)
+    for packet_id in range(1, 121):
+        _receive(store, packet_id)
+        _bytes(store)
+    _laps(store, 20000)
+    store = _open(nor)
+    assert sorted(store.session.held) == list(range(1, 121))
+
+
+def test_a_record_carried_forward_does_not_end_a_younger_message_with_an_identifier_used_again():
+    nor, store = _begin(sectors=4, in_flight=8)
+
+    def until(newest):
+        while 0 < store.session.ahead(newest, store.session.newest) < 64000:
+            step = min(1000, store.session.ahead(newest, store.session.newest))
+            store.session.newest = (store.session.newest + step - 1) % 65535
+            packet_id = store.publish("t", b"", 1)
+            _sent(store)
+            store.on_ack(PUBACK, packet_id)
+
+    until(4)
+    store.commit()
+    assert store.publish("t", b"old", 1) == 5
+    _sent(store)
+    until(60000)
+    store.commit()
+    store.on_ack(PUBACK, 5)
+    stuck = store.publish("t", b"stuck", 1)  # its record says, too, that 5 is done
+    _sent(store)
+    _laps(store, 4096)
+    until(4)
+    assert store.publish("t", b"young", 1) == 5  # in a later sector than the one that says that 5 is done
+    for _ in range(60):
+        _laps(store, 400)
+        store.commit()
+        out = _peek(nor, in_flight=8).session.out
+        assert sorted(out) == [5, stuck]
+
+
+def test_finished_is_told_once_for_each_message():
+    done = []
+    nor, store = _begin(in_flight=8, finished=lambda packet_id, ok: done.append((packet_id, ok)))
+    _publish(store, 2, 1)
+    _publish(store, 2, 2)
+    _bytes(store)
+    for packet_id in (1, 2):
+        store.on_ack(PUBACK, packet_id)
+        store.on_ack(PUBACK, packet_id)
+    for packet_id in (3, 4):
+        for packet in (PUBREC, PUBREC, PUBCOMP, PUBCOMP):
+            store.on_ack(packet, packet_id)
+    assert done == [(1, True), (2, True), (3, True), (4, True)]
+    assert store.acknowledged == 4 and store.session.unknown == 4
+
+
+def test_what_is_live_can_be_asked():
+    nor, store = _begin(in_flight=1)
+    first, second, third = _publish(store, 3)
+    _sent(store)
+    assert store.is_live(first) and store.is_live(third) and not store.is_live(third + 1)
+    store.on_ack(PUBACK, first)
+    assert not store.is_live(first) and store.is_live(second)
