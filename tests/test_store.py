@@ -198,7 +198,7 @@ def test_an_acknowledgement_is_recorded_by_commit_and_by_close():
 
 
 def test_at_most_16_acknowledgements_wait_for_their_record():
-    nor, store = _begin(in_flight=64)
+    nor, store = _begin(sectors=16, in_flight=64)
     _publish(store, 40)
     _bytes(store)
     for packet_id in range(1, 41):
@@ -585,7 +585,7 @@ def test_the_order_survives_a_restart_in_the_middle_of_the_queue():
 
 
 def test_a_smaller_window_after_a_restart_is_kept_to():
-    nor, store = _begin(in_flight=64)
+    nor, store = _begin(sectors=16, in_flight=64)
     _publish(store, 70)
     _sent(store)
     for packet_id in range(1, 41):
@@ -860,7 +860,8 @@ def test_a_rotted_message_in_flight_is_lost_alone_when_its_sector_is_given_up():
 def test_a_message_published_when_only_a_rotted_one_is_left_in_the_queue_is_not_lost_with_it():
     nor, store = _begin(256, in_flight=1)
     number = 0
-    while nor.mem[4096 - 256 : 4096] == b"\xff" * 256:  # each record has a page: the last one ends with its sector
+    last = (store.journal.head + 1) * 4096 - 256
+    while nor.mem[last : last + 256] == b"\xff" * 256:  # each record has a page: the last one ends with its sector
         store.publish("t", b"payload-%d" % number, 1)
         number += 1
     _rot(nor, b"payload-5")
@@ -895,6 +896,47 @@ def test_a_rotted_message_does_no_harm_when_a_full_journal_is_packed():
         assert store.journal.seq > seq
         assert [int(p[8:].split(b".")[0]) for p in _drain(store)] == [n for n in range(number) if n != bad], unit
         assert store.lost == 1 and store.waiting == 0
+
+
+def test_a_queue_packed_anew_keeps_its_order_and_identifiers_through_restarts():
+    for unit in _UNITS:
+        nor = Nor(4096 * 6, unit)
+        powercut.used(nor, 65400)
+        store = _reopen(nor, False, in_flight=2)
+        number = 0
+        while True:
+            try:
+                _publish(store, 1, first=number, size=90)
+            except JournalFull:
+                break
+            number += 1
+        most = 3 * number
+        seq = store.journal.seq
+        for _ in range(300):  # facts alone: no message goes
+            _receive(store, 1)
+            store.commit()
+            store.on_ack(PUBREL, 1)
+            store.commit()
+            store.answers = 0
+        assert store.journal.seq > seq
+        left = list(range(number))
+        while left:
+            found = _peek(nor, in_flight=2)
+            assert found.session.newest == store.session.newest and found.waiting == len(left), (unit, left)
+            found.connected(True, 7)
+            assert [int(p.split(b".")[0]) for p in _drain(found)] == left
+            for _, packet_id, payload in _sent(store):
+                assert int(payload.split(b".")[0]) == left.pop(0)
+                store.on_ack(PUBACK, packet_id)
+                if number < most:  # the ring goes on, until the packed sector is the oldest, and farther
+                    try:
+                        _publish(store, 1, first=number, size=90)
+                    except JournalFull:
+                        continue
+                    left.append(number)
+                    number += 1
+            store.commit()
+        assert store.lost == 0
 
 
 def test_a_journal_of_rubbish_is_no_obstacle():

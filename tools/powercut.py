@@ -52,7 +52,8 @@ class Workload:
     events: {round: what}: "drop" the link, "lose" the broker's session (and the link), "close" the device orderly and
     start it again, "offline" and "online".  stuck: until this many messages have been delivered, the broker does not
     finish messages 1 and 2 of each direction.  handlers: how many messages the handler takes in a round.  burst: most
-    messages published at a time, three times in each round that every divides.
+    messages published at a time, three times in each round that every divides.  newest: the packet identifier given
+    out last, long ago.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Workload:
         stuck=0,
         handlers=8,
         every=1,
+        newest=0,
     ):
         self.publishes = publishes
         self.qos = qos
@@ -84,6 +86,7 @@ class Workload:
         self.stuck = stuck
         self.handlers = handlers
         self.every = every
+        self.newest = newest
 
     def qos_of(self, number):
         return self.qos[number % len(self.qos)]
@@ -102,7 +105,13 @@ WORKLOADS = {
     "qos2_receive": Workload(receives=8, qos_in=(2,), handlers=2),
     "both_ways": Workload(12, (1, 2, 2), 12, (2, 1, 2), burst=2, in_flight=8, handlers=3),
     "reconnects": Workload(
-        12, (2, 1), 12, (2, 1), handlers=1, events={2: "drop", 4: "close", 5: "drop", 7: "offline", 10: "online"}
+        12,
+        (2, 1),
+        12,
+        (2, 1),
+        handlers=1,
+        newest=65530,
+        events={2: "drop", 4: "close", 5: "drop", 7: "offline", 10: "online"},
     ),
     "session_lost": Workload(
         14,
@@ -115,7 +124,9 @@ WORKLOADS = {
     ),
     "wrap": Workload(44, (1, 2), 24, (2, 1), size=520, burst=1, stuck=38, events={12: "drop", 20: "close"}),
     "receive_wrap": Workload(18, (1,), 72, (2,), size=560, burst=2, every=13),
-    "full": Workload(36, (1, 2), 4, (2,), size=420, burst=3, in_flight=3, events={1: "offline", 9: "online"}),
+    "full": Workload(
+        36, (1, 2), 4, (2,), size=420, burst=3, in_flight=3, newest=65505, events={1: "offline", 9: "online"}
+    ),
     "drop_oldest": Workload(
         40,
         (2, 1),
@@ -491,6 +502,26 @@ def facts(store):
     }
 
 
+_used = {}  # (size, prog_size, newest) -> cells
+
+
+def used(nor, newest):
+    """Make nor a device that has given out packet identifiers up to newest, with nothing left to do."""
+    key = (nor.size, nor.prog_size, newest)
+    if key not in _used:
+        other = Nor(nor.size, nor.prog_size)
+        store = Store(Journal(other, nor.prog_size, None, lambda n: b"\x5a" * n))
+        store.open()
+        while store.session.newest < newest:
+            store.session.newest = min(store.session.newest + 1000, newest) - 1
+            packet_id = store.publish("t", b"", 1)
+            store.fill(bytearray(64), 0)
+            store.on_ack(PUBACK, packet_id)
+        store.close()
+        _used[key] = other.mem
+    nor.mem[:] = _used[key]
+
+
 class Device:
     """Drives a store as a client does, from the mount on."""
 
@@ -680,6 +711,8 @@ class World:
         self.witness = Witness(self)
         self.broker = Broker(self)
         self.tap = Tap(self)
+        if workload.newest:
+            used(self.tap.nor, workload.newest)
 
     def say(self, who, what):
         if self.trace:

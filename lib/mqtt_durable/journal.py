@@ -235,6 +235,13 @@ class Journal:
                 return n
         return self._unit
 
+    def _length(self):
+        """Bytes that the record just loaded takes if its header is to be believed, else 0."""
+        buf = self.buf
+        if buf[1] != buf[0] ^ buf[2] ^ buf[3] ^ 0xA5:
+            return 0
+        return self.room_for(buf[2] | buf[3] << 8 if buf[0] < 0x80 else 0)
+
     def _scan(self, sector, stop, visit):
         """Call visit(pos, kind) for each valid record that starts before stop.  Return (end, junk, damaged).
 
@@ -259,12 +266,9 @@ class Journal:
                 continue
             if self.buf[:n] != bytes(n):  # zeros are what an earlier mount made of a torn record
                 doubt = 1
-            length = self._unit
-            if self.buf[1] == self.buf[0] ^ self.buf[2] ^ self.buf[3] ^ 0xA5 and self.buf[0] < 0x80:
-                # The header can be read, so the page behind may have been the one that was torn, visibly or not.
-                length = _OVERHEAD + (self.buf[2] | self.buf[3] << 8)
+            # If the header can be read the page behind may have been the one that was torn, visibly or not.
+            junk = min(max(junk, off + n, off + self._length()), _SECTOR)
             off += n
-            junk = min(max(junk, off, off - n + self._pad(length)), _SECTOR)
         return end, junk, damaged
 
     # -- programming
@@ -673,7 +677,19 @@ class Journal:
         # What was torn begins at end, or at the page behind the zeros of a mount that was cut itself.  It need not
         # show.  But for what shows it lies in one page; behind that the cells are good.
         free = min((junk // _PAGE + 1) * _PAGE, _SECTOR)
-        self._zero(self._head, end, free)
+        if end < free:
+            # Behind a CLOSE blank flash is believed, and zeros cut short may look blank: so none before it is certain
+            # that the next mount sees no CLOSE with nothing behind it.
+            mark = min(end + self.room_for(0), free)
+            self.load(self._head << 12 | end)
+            if kind == _CLOSE:
+                self._seek(end)
+                self._write(_OPEN, 0)  # which may be half there already
+            elif self._length() <= self.room_for(0):
+                self._zero(self._head, end, mark)
+            else:
+                mark = end  # a long record: its header goes last, for it tells the next mount how far all this went
+            self._zero(self._head, mark, free)
         self._seek(free)
         if kind >= _TAIL:
             return
@@ -708,7 +724,7 @@ class Journal:
         return None
 
     def _zero(self, sector, a, b):
-        """Program zeros over bytes a..b of a sector, the last page first: the first tells how much there is."""
+        """Program zeros over bytes a..b of a sector, the last page first."""
         while a < b:
             n = b - max(a, (b - 1) & -_PAGE)
             b -= n
