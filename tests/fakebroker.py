@@ -28,7 +28,7 @@ NAMES = (
     "? CONNECT CONNACK PUBLISH PUBACK PUBREC PUBREL PUBCOMP SUBSCRIBE SUBACK UNSUBSCRIBE UNSUBACK PINGREQ PINGRESP "
     "DISCONNECT ?"
 ).split()
-_PATIENCE_MS = 30000
+_PATIENCE_MS = 10000
 
 
 async def until(condition, what="what the test waits for"):
@@ -174,19 +174,20 @@ class FakeBroker:
 
     async def stop(self):
         """Drop every connection and listen no more.  The sessions are kept."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()  # first, or the client would be back before it
         for number in list(self.links):
             await self.drop(number)
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-            self._server = None
+        if server is not None:
+            await server.wait_closed()
 
     async def drop(self, number=None):
         """Drop a connection, the newest if none is given."""
-        link = self.links.get(number or self.connections)
-        if link is not None:
-            link[1].cancel()
-            await until(lambda: (number or self.connections) in self.closed, "the end of a dropped connection")
+        number = number or self.connections
+        if number in self.links:
+            self.links[number][1].cancel()
+            await until(lambda: number in self.closed, "the end of a dropped connection")
 
     def forget(self):
         """Lose all sessions."""
@@ -252,6 +253,9 @@ class FakeBroker:
             pass
         finally:
             del self.links[number]
+            for connect in self.named("CONNECT", number):
+                if connect.clean:  # its session ends with it
+                    self.sessions.pop(connect.client_id, None)
             if hasattr(writer, "s"):
                 writer.s.close()  # MicroPython's close() does nothing
             else:

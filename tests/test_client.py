@@ -347,10 +347,9 @@ def test_no_session_sends_as_new_subscribes_again_and_tells_the_application():
         await rig.broker.expect("PUBREL 2")  # a: no PUBREC yet, b: the broker's own
         await rig.broker.drop()
         await rig.up(2)
-        await client.acknowledged(3)
         assert await client.drain(20)
-        await rig.broker.expect("SUBSCRIBE 4 cmd/#", connection=2)
-        assert rig.broker.trace(2, without=("SUBSCRIBE", "PUBREL")) == ["CONNECT", "PUBLISH 2 a"]
+        await rig.broker.expect("SUBSCRIBE 3 cmd/#", connection=2)
+        assert rig.broker.trace(2, without=("SUBSCRIBE",)) == ["CONNECT", "PUBLISH 1 a", "PUBREL 1"]
         assert told == [False, False] and not client.session_present
 
     script = [(1, "PUBLISH", 1, "ignored"), (1, "PUBREL", 1, "ignored"), (2, "CONNECT", 1, "present 0")]
@@ -408,7 +407,8 @@ def _lose(reboot):
             await client.publish("t", "a", qos=qos, mark=1)
             await until(lambda: rig.broker.closed == [1])
             if flavour == "answered":
-                await until(lambda: not client.connected)  # it has read what came before the end
+                # It has read what came before the end.
+                await until(lambda: not client.connected or rig.broker.connections == 2)
             if reboot:
                 client = await rig.reboot()
                 assert client.mark == 1
@@ -416,12 +416,15 @@ def _lose(reboot):
             await client.publish("t", "c", qos=qos, mark=3)
             assert await client.drain(20)
             case = "%d %s %s: %r" % (qos, name, flavour, rig.broker.packets)
-            assert "".join([payload.decode() for _, payload, _ in rig.broker.delivered]) == delivered, case
+            arrived = "".join([payload.decode() for _, payload, _ in rig.broker.delivered])
+            if reboot and flavour == "answered" and qos == 1:  # power failed before the answer was recorded
+                arrived = arrived.replace("aa", "a")
+            assert arrived == delivered, case
             trace = rig.broker.trace(2)
-            if not (reboot and flavour == "answered"):  # power may fail before what came last is recorded
+            if not (reboot and flavour == "answered"):
                 assert trace[1 : 1 + len(again)] == again and "dup" not in " ".join(trace[1 + len(again) :]), case
 
-        play(scenario, [(1, name, 1, flavour)])
+        play(scenario, [(1, name, 1, flavour)], backoff_ms=(600000, 600000) if reboot else (1, 8))
 
 
 def test_lost_link_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
@@ -519,7 +522,8 @@ def test_window_is_held_exactly_also_after_reconnect_and_reboot():
         await turns()
         assert len(rig.broker.named("PUBLISH", 1)) == 4
         await rig.client.close()  # orderly, so that the PUBACK is recorded
-        assert rig.broker.trace(1)[-1] == "DISCONNECT"
+        await rig.broker.expect("DISCONNECT")
+        assert len(rig.broker.named("PUBLISH", 1)) == 4
         expected = ["CONNECT", "PUBLISH 1 dup 0", "PUBLISH 3 dup 2", "PUBLISH 4 dup 3"]
         await rig.client.start()
         await rig.broker.expect(expected[-1], connection=2)
@@ -589,8 +593,8 @@ def test_message_tells_topic_payload_qos_retain_dup_token():
         await rig.up()
         await rig.broker.publish("a/ü", b"\0\xff", 0, retain=True)
         await rig.broker.publish("b", b"", 1, 3, dup=True)
-        await rig.broker.publish("c", b"x", 2, 3)
-        await rig.broker.expect("PUBCOMP 3")
+        await rig.broker.publish("c", b"x", 2, 4)
+        await rig.broker.expect("PUBCOMP 4")
         assert [(m.topic, m.payload, m.qos, m.retain, m.dup) for m in got] == [
             ("a/ü", b"\0\xff", 0, True, False),
             ("b", b"", 1, False, True),
@@ -813,11 +817,7 @@ def test_link_lost_while_the_inbox_is_full_loses_no_message():
             await rig.broker.publish("t", b"%d" % n, 2, n)
         await until(lambda: rig.client._blocked)
         await rig.broker.drop()
-        # The client does not read, so it does not see the end.  Its writer does.
-        for _ in range(2):
-            await rig.client.publish("t", "x", qos=1)
-            await turns()
-        rig.client._down.set()
+        rig.client._down.set()  # it does not read, so it would notice only at its next write
         await rig.up(2)
         for n in range(1, 21):
             await rig.broker.publish("t", b"%d" % n, 2, n, dup=True)
@@ -875,7 +875,8 @@ def test_messages_by_async_for():
             assert len(rig.broker.named("PUBACK")) < len(got)  # not before the loop asks for the next
             if len(got) == 3:
                 break
-            await rig.broker.expect("PUBACK %d" % (len(got) - 1), 1 if len(got) > 1 else 0)
+        await rig.broker.expect("PUBACK 2")
+        await turns()
         assert got == [b"1", b"2", b"3"] and rig.broker.trace()[-1] == "PUBACK 2"
         await rig.broker.publish("t", b"4", 1, 4)
         async for message in rig.client.messages:
@@ -953,7 +954,8 @@ def test_oversized_message_is_acknowledged_counted_and_not_delivered():
 
 def test_subscribe_returns_the_granted_qos():
     async def scenario(rig):
-        assert [await rig.client.subscribe("f%d" % qos, qos) for qos in (0, 1, 2)] == [0, 1, 2]
+        for qos in (0, 1, 2):
+            assert await rig.client.subscribe("f%d" % qos, qos) == qos
         rig.broker.script = [(0, "SUBSCRIBE", 0, bytes((0x90, 3, 0, 1, 1)))]
         assert await rig.client.subscribe("less", 2) == 1
 
@@ -1007,6 +1009,7 @@ def test_subscription_is_not_sent_again_while_the_broker_has_it():
         await rig.broker.drop()
         await rig.up(2)
         assert await rig.client.subscribe("f", 1) == 1
+        await rig.client.close()
         client = await rig.reboot()
         await rig.up(3)
         assert await client.subscribe("f", 1) == 1
@@ -1057,7 +1060,8 @@ def test_subscription_is_made_again_when_a_connack_that_told_of_the_loss_was_los
 def test_two_tasks_may_ask_for_the_same_subscription():
     async def scenario(rig):
         tasks = [asyncio.create_task(rig.client.subscribe("f", 1)) for _ in range(3)]
-        assert [await task for task in tasks] == [1, 1, 1]
+        for task in tasks:
+            assert await task == 1
         assert len(rig.broker.named("SUBSCRIBE")) == 1
 
     play(scenario)

@@ -43,6 +43,8 @@ class Run:
         self.done = []  # numbers whose DONE may still be pending, newest last
         self.number = 0  # the next one
         self.trying = None  # the number that publish() has not returned from
+        self.sent = set()  # packet identifiers of messages that have been sent
+        self.released = {}  # packet identifier -> number of messages that had their PUBREC
         self.boot()
 
     def boot(self):
@@ -53,6 +55,9 @@ class Run:
             store.begin(_ME)
         self.number_of = {}
         self.check()
+        for packet_id in self.sent:
+            if store._is_queued(packet_id):
+                self.fail("message %d was sent, but would be sent again as new" % packet_id)
         store.connecting()
         store.connected(True, _ME)
 
@@ -87,8 +92,6 @@ class Run:
             self.number_of[packet_id] = number
             found.append(number)
         return found
-
-    released = {}  # packet identifier -> number of messages that had their PUBREC
 
     def check(self):
         got = self.numbers()
@@ -129,6 +132,9 @@ class Run:
         elif what < 92:
             for _ in range(1 + rng.below(4)):
                 store.fill(self.buf, 0)
+            for packet_id in store.session.out:
+                if packet_id not in store._resend and packet_id != store._held_back:
+                    self.sent.add(packet_id)
             for packet_id in list(reversed(store.session.order()))[: rng.below(9)]:
                 if packet_id in store._resend or packet_id == store._held_back or store.rest:
                     break
@@ -189,7 +195,6 @@ def run(first, last, steps):
     totals = [0, 0, 0, 0]
     for seed in range(first, last):
         one = Run(seed)
-        one.released = {}
         try:
             one.steps(steps)
         except AssertionError:

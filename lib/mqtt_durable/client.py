@@ -254,7 +254,10 @@ class Client:
 
         Raises MessageDropped if it was dropped to make room, or lost because its record no longer reads back.
         """
-        if packet_id is None or not self.store.is_live(packet_id):
+        if packet_id is None:
+            return
+        await self._mounted()
+        if not self.store.is_live(packet_id):
             return
         waiter = self._waiters.get(packet_id)
         if waiter is None:
@@ -265,17 +268,25 @@ class Client:
 
     async def drain(self, timeout_s=None):
         """Wait until the broker has every message stored here; return False if that took longer than timeout_s."""
-        if timeout_s is None:
-            await self._drain()
-            return True
         try:
-            await asyncio.wait_for_ms(self._drain(), int(timeout_s * 1000))
+            if timeout_s is None:
+                await self._drain()
+            elif self.store.waiting or not self.store.journal.usable:
+                await asyncio.wait_for_ms(self._drain(), int(timeout_s * 1000))
         except asyncio.TimeoutError:
             return False
         return True
 
     async def _drain(self):
+        await self._mounted()
         while self.store.waiting:
+            self._progress.clear()
+            await self._progress.wait()
+            await self._mounted()
+
+    async def _mounted(self):
+        """Return when it is known what is stored: not while a flash that failed is not mounted anew."""
+        while not self.store.journal.usable:
             self._progress.clear()
             await self._progress.wait()
 
@@ -405,7 +416,7 @@ class Client:
     def _sweep(self):
         """End the waiting for messages that are no longer there: their records do not read back."""
         for packet_id in list(self._waiters):
-            if not self.store.is_live(packet_id):
+            if self.store.journal.usable and not self.store.is_live(packet_id):
                 self._on_finished(packet_id, False)
         self._progress.set()
 

@@ -81,6 +81,9 @@ class Store:
         """Mount the journal and take up what it holds.  OSError only from the device."""
         self._forget()
         self.journal.mount(self)
+        # These may have been sent before, so they will be sent with DUP: a window full, and what lost its lazy DONE.
+        while self.queued and len(self.session.out) < self._most and self._take():
+            pass
 
     def close(self):
         """Record what is pending, then an orderly end.  Raises JournalFull, OSError; all but DONEs is safe already."""
