@@ -101,7 +101,7 @@ def test_a_torn_last_record_is_a_normal_boot():
         led = Ledger(nor, unit)
         _flow(led, 0, 20)
         before = led.check()
-        nor.cut_after(1, program="prefix", seed=3)
+        nor.cut_after(1, program="bytes", seed=3)
         _raises(PowerCut, led.add, 20, 60)
         nor.power_on()
         again = Ledger(nor, unit)
@@ -227,22 +227,23 @@ def test_wear_is_within_one_erase_over_orderly_restarts():
 def test_the_sector_erased_ahead_is_used_after_an_orderly_restart():
     nor = Nor(32768)
     led = Ledger(nor)
-    while led.journal._off < 3500:
+    while sum(nor.erases) < 2:
         led.add(led.count, 72)
-    led.journal.idle()
-    assert sum(nor.erases) == 2
-    led.journal.idle()
+        led.journal.idle()
     led.journal.close()
+    assert led.journal._off > 3000
     led = Ledger(nor)
-    _flow(led, led.count, 40, 100)
-    assert led.journal.head == 1 and list(nor.erases)[:3] == [1, 1, 0]
-    # Only orderly: after a cut it may hold a torn carry, and is erased again.
-    while led.journal._off < 3500:
-        led.add(led.count, 72)
+    before = led.journal.head
+    _flow(led, led.count, 20, 100)
     led.journal.idle()
+    assert sum(nor.erases) == 2 and led.journal.head != before
+    # Only then: after a cut it may hold a torn carry, and is erased again.
+    while sum(nor.erases) < 3:
+        led.add(led.count, 72)
+        led.journal.idle()
     led = Ledger(nor)
-    _flow(led, led.count, 40, 200)
-    assert led.journal.head == 2 and list(nor.erases)[:4] == [1, 1, 2, 0]
+    _flow(led, led.count, 20, 200)
+    assert sum(nor.erases) == 4 and _spread(nor) == 2
 
 
 # -- full
@@ -412,14 +413,14 @@ def test_an_owner_that_fails_in_carry_leaves_it_unusable():
         raise MemoryError
 
     led.carry = fail
-    try:
-        _flow(led, 1, 200)
-        raise AssertionError("nothing was carried")
-    except MemoryError:
-        pass
-    assert not led.journal.usable
-    expected = dict((n, 72 if n else 100) for n in led.where)
-    assert Ledger(nor).check() == expected
+    for number in range(1, 200):
+        try:
+            led.add(number, 72)
+        except MemoryError:
+            break
+        led.remove(number)
+    assert number < 199 and not led.journal.usable
+    assert Ledger(nor).check() == {0: 100}
 
 
 def test_odd_devices():
@@ -521,11 +522,10 @@ def test_no_stale_record_returns_after_an_interrupted_erase():
             for seed in range(4):
                 chip = base.copy(0)
                 led = Ledger(chip)
-                size = 4096 - led.journal._off - 11
+                size = 4096 - led.journal._off
                 chip.cut_after(1, "all", erase, seed, weak)
-                if size > 0:
-                    _raises(PowerCut, led.add, number, size)
-                    assert sum(chip.erases) == 6
+                _raises(PowerCut, led.add, number, size)
+                assert sum(chip.erases) == 1
                 chip.power_on()
                 again = Ledger(chip)
                 assert again.check() == {} and again.count == number
@@ -572,7 +572,7 @@ class _Base:
     def states(self):
         """Do the workload; return the states after each call and the number of operations."""
         chip = self.chip.copy(0)
-        return self.work(chip), chip.ops - self.chip.ops
+        return self.work(chip), chip.ops
 
     def work(self, chip):
         led = Ledger(chip, self.unit, window=self.window)
@@ -636,18 +636,21 @@ def test_a_cut_at_every_operation():
                 got[9999] = 100
                 assert Ledger(chip, unit).check() == got, where
                 cuts += 1
-    assert cuts > 600
+    assert cuts >= 500, cuts
 
 
 def test_two_cuts_at_every_pair_of_operations():
     cuts = 0
+    modes = list(_modes())
     for unit, window in ((4, None), (256, None), (16, 4)):
         base = _Base(unit, window)
         states, ops = base.states()
-        for k in range(1, ops + 1):
-            program, erase, weak = list(_modes())[k % 12]
-            first = base.chip.copy(k)
-            first.cut_after(k, program, erase, k, weak)
+        for i in range(4 * ops):
+            k = 1 + i // 4
+            program, erase, weak = modes[(k + 5 * i) % 12]
+            first = base.chip.copy(i)
+            first.few = i % 3
+            first.cut_after(k, program, erase, i, weak)
             done = len(base.work(first))
             first.power_on()
             j = 0
@@ -655,7 +658,7 @@ def test_two_cuts_at_every_pair_of_operations():
                 j += 1
                 chip = first.copy(j)
                 chip.few = j % 3
-                program, erase, weak = list(_modes())[(k + j) % 12]
+                program, erase, weak = modes[(i + j) % 12]
                 chip.cut_after(j, program, erase, j, weak, unit == 256)
                 try:
                     Ledger(chip, unit, window=window)
@@ -665,10 +668,10 @@ def test_two_cuts_at_every_pair_of_operations():
                 chip.power_on()
                 cuts += 1
                 got = Ledger(chip, unit, window=window).check()
-                where = "unit %d, operations %d and %d" % (unit, k, j)
+                where = "unit %d, operations %d and %d, %d" % (unit, k, j, i)
                 assert got in states[done - 1 : done + 1], where
                 assert Ledger(chip.copy(9), unit, window=window).check() == got, where
-    assert cuts > 200
+    assert cuts > 500, cuts
 
 
 def test_only_recovery_programs_over_what_is_programmed():
@@ -689,7 +692,7 @@ def _copy_with_a_weak_bit(size):
     led = Ledger(chip)
     led.add(0, 20)
     led.add(1, size)
-    at = led.where[1] + 12 + size
+    at = led.where[1] + 8 + size  # its CRC
     while chip.mem[at] == 0xFF:
         at += 1
     chip._weak = {at: ~chip.mem[at] & 255 & -(~chip.mem[at] & 255)}

@@ -679,9 +679,11 @@ def test_a_full_journal_never_locks_up():
 def test_drop_oldest_makes_room_and_tells():
     for unit in _UNITS:
         dropped = []
-        nor, store = _begin(
-            unit, 4, in_flight=4, when_full="drop_oldest", finished=lambda packet_id, ok: dropped.append((packet_id, ok))
-        )
+
+        def finished(packet_id, ok, dropped=dropped):
+            dropped.append((packet_id, ok))
+
+        nor, store = _begin(unit, 4, in_flight=4, when_full="drop_oldest", finished=finished)
         _publish(store, 4, size=100)
         _sent(store)  # in flight: never dropped
         ids = _publish(store, 300, first=4, size=100, mark=True)

@@ -76,7 +76,7 @@ class Journal:
         self._page = memoryview(bytearray(b"\xff" * _PAGE))  # what is being programmed; blank in between
         self._from = 0  # bytes _from.._to of the page wait to be programmed
         self._to = 0
-        self._head = 0  # sector being filled
+        self._head = count - 1  # sector being filled; a new journal begins behind it
         self._off = _SECTOR  # next free byte in it
         self._id = 0
         self._seed_seq = -1
@@ -235,12 +235,20 @@ class Journal:
                 return n
         return self._unit
 
-    def _length(self):
-        """Bytes that the record just loaded takes if its header is to be believed, else 0."""
+    def _length(self, pos):
+        """Bytes that the torn record at pos, just loaded, was to take, 0 if its header does not tell.
+
+        Once the first page was whole the header reads the same however often; otherwise that page alone is torn.
+        """
         buf = self.buf
-        if buf[1] != buf[0] ^ buf[2] ^ buf[3] ^ 0xA5:
+        head = bytes(buf[:4])
+        if head[1] != head[0] ^ head[2] ^ head[3] ^ 0xA5:
             return 0
-        return self.room_for(buf[2] | buf[3] << 8 if buf[0] < 0x80 else 0)
+        for _ in range(8):
+            self.read(pos, 0, buf[:4])
+            if buf[:4] != head:
+                return 0
+        return self.room_for(head[2] | head[3] << 8 if head[0] < 0x80 else 0)
 
     def _scan(self, sector, stop, visit):
         """Call visit(pos, kind) for each valid record that starts before stop.  Return (end, junk, damaged).
@@ -250,6 +258,7 @@ class Journal:
         """
         off = end = junk = self._pad(_HEADER)
         damaged = doubt = 0
+        begins = True  # whether a record may begin at off
         while off < stop:
             pos = sector << 12 | off
             size = self.load(pos)
@@ -258,17 +267,22 @@ class Journal:
                 doubt = 0
                 off += self._pad(size)
                 end = junk = off
+                begins = True
                 visit(pos, self.buf[0])
                 continue
             n = self._gap(off)
-            if self.buf[0] == 0xFF and self.buf[:n] == b"\xff" * n:
-                off += n
-                continue
-            if self.buf[:n] != bytes(n):  # zeros are what an earlier mount made of a torn record
+            blank = self.buf[:n] == b"\xff" * n
+            if blank or self.buf[:n] == bytes(n):  # zeros are what an earlier mount made of a torn record
+                begins = True
+            else:
                 doubt = 1
-            # If the header can be read the page behind may have been the one that was torn, visibly or not.
-            junk = min(max(junk, off + n, off + self._length()), _SECTOR)
+                if begins:
+                    # The page behind may have been the one that was torn, visibly or not.
+                    junk = max(junk, min(off + self._length(pos), _SECTOR))
+                begins = False
             off += n
+            if not blank:
+                junk = max(junk, off)
         return end, junk, damaged
 
     # -- programming
@@ -681,11 +695,12 @@ class Journal:
             # Behind a CLOSE blank flash is believed, and zeros cut short may look blank: so none before it is certain
             # that the next mount sees no CLOSE with nothing behind it.
             mark = min(end + self.room_for(0), free)
-            self.load(self._head << 12 | end)
+            pos = self._head << 12 | end
+            self.load(pos)
             if kind == _CLOSE:
                 self._seek(end)
                 self._write(_OPEN, 0)  # which may be half there already
-            elif self._length() <= self.room_for(0):
+            elif self._length(pos) <= self.room_for(0):
                 self._zero(self._head, end, mark)
             else:
                 mark = end  # a long record: its header goes last, for it tells the next mount how far all this went
