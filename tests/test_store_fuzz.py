@@ -1,4 +1,4 @@
-"""A deep backlog under power cuts, against a list: test_store_fuzz.py [FIRST LAST | SEED] runs more seeds, or replays one.
+"""A deep backlog under power cuts, against a list: test_store_fuzz.py FIRST LAST runs more seeds, SEED replays one.
 
 The ring is kept nearly full, so that the window is carried forward, the head is packed anew and publish() refuses, all
 of it again and again; between mounts some messages are acknowledged.  After every mount all that publish() accepted and

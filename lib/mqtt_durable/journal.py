@@ -147,7 +147,10 @@ class Journal:
         """All sectors: the one erased ahead, those without a header in ring order behind the head, then by age."""
         head = self._head
         count = self.sectors
-        age = lambda s: -1 - count if s == self._ready else self._seqs[s] or (s - head - 1) % count - count
+
+        def age(s):
+            return -1 - count if s == self._ready else self._seqs[s] or (s - head - 1) % count - count
+
         return sorted(range(count), key=age)
 
     # -- reading

@@ -14,7 +14,7 @@ from micropython import const
 
 from .errors import JournalCorrupt, JournalFull
 from .packet import PUBREL, check_topic, put_ack, put_fixed_header, remaining_length_size
-from .session import DONE, INDONE, PUB1, RECEIVED, REL, RELEASED, Session
+from .session import DONE, INDONE, RECEIVED, REL, RELEASED, Session
 
 # Kinds of records.  The two low nibbles are the record's own.
 _PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: DONE entries, mark, then wire bytes from the topic on
