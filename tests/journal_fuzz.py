@@ -1,4 +1,4 @@
-"""Power cuts at random operations of a journal, from the seed on: journal_fuzz.py [--seeds FIRST LAST | ID ...]
+"""Power cuts at random operations of a journal: journal_fuzz.py [--seeds FIRST LAST | ID ...]
 
 A run is named by its id, unit:seed ("16:1015"), which replays it on CPython and on MicroPython.  The seed picks the
 sectors, the sizes of the entries, whether the journal is kept full, and for each cut the operation it hits and what it

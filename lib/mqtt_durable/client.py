@@ -469,15 +469,16 @@ class Client:
                 await asyncio.wait_for_ms(self._said.wait(), 2000)
         finally:
             self.connected = False
-            for task in tasks:
-                await _end(task)
-            store.disconnected()
-            for data in self._outbox:
-                if data[0] >> 4 == PUBLISH:
-                    self.discarded += 1
-            self._outbox.clear()
-            self._sent.set()
-            self._hang_up()
+            try:
+                await _end(*tasks)
+            finally:
+                store.disconnected()
+                for data in self._outbox:
+                    if data[0] >> 4 == PUBLISH:
+                        self.discarded += 1
+                self._outbox.clear()
+                self._sent.set()
+                self._hang_up()
 
     def _hang_up(self):
         if self._stream is not None:
@@ -857,10 +858,10 @@ class _Request(_Waiter):
         self.packet_id = 0
 
 
-async def _end(task):
-    """Cancel a task and wait until it has ended."""
-    task.cancel()
-    try:
-        await task
-    except (asyncio.CancelledError, Exception):
-        pass
+async def _end(*tasks):
+    """Cancel tasks and wait until they have ended; not by await: it could not tell our own cancellation from theirs."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        while not task.done():
+            await asyncio.sleep_ms(0)

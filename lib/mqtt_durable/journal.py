@@ -9,8 +9,9 @@ The owner has six methods:
     replay(kind, pos)   one valid record, oldest first; journal.buf holds its first 256 bytes, body from 4 on
     restore(state)      a sector's opening snapshot, in its place among the records
     state()             the bytes of such a snapshot, at most 48
-    live(sector, whole) the bytes that carry() of the same will take (see room_for), or -1: the order of the records
-                        there must not change, so the sector cannot be given up
+    live(sector, whole) the bytes that carry() of the same will take at most (see room_for), or -1: the order of the
+                        records there must not change, so the sector cannot be given up.  whole is asked of older
+                        sectors, too: what it would take to pack anew the sector that they were carried to
     carry(sector, whole) append() or copy() what is live in that sector.  whole: it is the newest, so its order is
                         kept and -1 is not allowed; but what its records say about older sectors must be said again
     oldest()            lowest seq of the sectors that hold anything live, or None
