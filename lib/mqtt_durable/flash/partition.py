@@ -13,8 +13,7 @@ _SIZE = const(3)
 def open_partition(label):
     """Return (device, prog_size, size in bytes) of the data partition with that label.
 
-    prog_size: 4, or 16 when the partition is encrypted (the flash encryption works on 16 bytes).
-    Raises JournalUnavailable if there is none or it is too small for a journal.
+    Raises JournalUnavailable if there is none, or it is encrypted or too small for a journal.
     """
     try:
         from esp32 import Partition
@@ -32,10 +31,13 @@ def open_partition(label):
         )
     device = found[0]
     info = device.info()
+    if info[_ENCRYPTED]:
+        # Erased flash does not read 0xFF through the decryption, so the journal could not tell where it ends.
+        raise JournalUnavailable('partition "%s": it is encrypted; make it a plain data partition' % label)
     size = info[_SIZE] // _ERASE_SIZE * _ERASE_SIZE
     if size < _MIN_BYTES:
         raise JournalUnavailable(
             'partition "%s": it has %d bytes, a journal needs at least %d; make it larger'
             % (label, info[_SIZE], _MIN_BYTES)
         )
-    return device, 16 if info[_ENCRYPTED] else 4, size
+    return device, 4, size
