@@ -267,9 +267,10 @@ class FakeBroker:
         key = came.connection, came.name
         self._seen[key] = self._seen.get(key, 0) + 1
         what = ""
+        instead = b""
         for connection, name, which, happens in self.script:
             if connection in (0, came.connection) and name == came.name and which in (0, self._seen[key]):
-                what = happens
+                what, instead = ("", happens) if isinstance(happens, bytes) else (happens, b"")
                 break
         if what == "lost":
             return False
@@ -278,8 +279,7 @@ class FakeBroker:
         answer = self._answer(came, what)
         if what == "unanswered":
             return False
-        if isinstance(what, bytes):
-            answer = what
+        answer = instead or answer
         if answer and what != "silent":
             writer.write(answer)
             await writer.drain()
@@ -288,13 +288,13 @@ class FakeBroker:
     def _answer(self, came, what):
         name = came.name
         if name == "CONNECT":
-            if isinstance(what, str) and what.startswith("refuse"):
+            if what.startswith("refuse"):
                 return bytes((0x20, 2, 0, int(what[7:])))
             if came.clean:
                 self.sessions.pop(came.client_id, None)
             present = came.client_id in self.sessions
             self._session = self.sessions.setdefault(came.client_id, ({}, set()))
-            if isinstance(what, str) and what.startswith("present"):
+            if what.startswith("present"):
                 present = what == "present 1"
             return bytes((0x20, 2, present, 0))
         filters, unreleased = self._session

@@ -1,0 +1,478 @@
+"""The client against a real mosquitto, over a link that fails on command; paho-mqtt is the far side.
+
+What is counted is what the far side's own persistent session has received: messages are numbered by their mark.
+"""
+
+import asyncio
+import contextlib
+import queue
+import random
+import threading
+
+import paho.mqtt.client as paho
+import proxy as proxies
+from brokers import Mosquitto
+from fakebroker import turns
+from mqtt_durable.client import Client
+from mqtt_durable.errors import ConnectRefused, JournalUnavailable
+from norsim import Nor, PowerCut
+from proxy import DOWN, UP, Proxy
+
+PATIENCE_S = 60
+
+
+class Far:
+    """A paho client with a persistent session.  .payloads: what it has received, in order."""
+
+    def __init__(self, broker, name="far", clean=False):
+        self.payloads = []
+        self.retained = []
+        self._connected = threading.Event()
+        self._subscribed = queue.Queue()
+        self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, name, clean_session=clean)
+        self.client.on_connect = lambda *_: self._connected.set()
+        self.client.on_subscribe = lambda *_: self._subscribed.put(True)
+        self.client.on_message = self._on_message
+        self.client.connect("127.0.0.1", broker.port)
+        self.client.loop_start()
+        assert self._connected.wait(PATIENCE_S)
+
+    def _on_message(self, client, userdata, message):
+        self.retained.append(message.retain)
+        self.payloads.append(message.payload.decode())
+
+    def subscribe(self, topic_filter):
+        self.client.subscribe(topic_filter, 2)
+        self._subscribed.get(timeout=PATIENCE_S)
+
+    def publish(self, topic, payload, qos=2, retain=False):
+        self.client.publish(topic, payload, qos, retain).wait_for_publish(PATIENCE_S)
+
+    def close(self):
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+def far(*args, **kwargs):
+    return contextlib.closing(Far(*args, **kwargs))
+
+
+def make(port, nor=None, **more):
+    """A client on port of 127.0.0.1, its journal on nor."""
+    config = {
+        "broker": {
+            "host": "127.0.0.1",
+            "port": port,
+            "username": more.pop("username", None),
+            "password": more.pop("password", None),
+            "keep_alive_s": 60,
+        },
+        "client_id": more.pop("client_id", "p7"),
+        "session": {"clean": False, "in_flight": 8},
+        "journal": {"home": "ram", "size_kib": 64, "when_full": "wait"},
+    }
+    more.setdefault("backoff_ms", (10, 100))
+    return Client(config, device=nor or Nor(65536), **more)
+
+
+async def until(condition, what="what the test waits for"):
+    """Return when condition() is true; AssertionError after a time that only a broken client needs."""
+    for _ in range(PATIENCE_S * 500):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("never happened: " + what)
+
+
+async def settled(client):
+    """Return when the broker has all that was published."""
+    assert await client.drain(PATIENCE_S), "%r, %r" % (client.last_error, client.stats())
+
+
+def without_doubles(payloads):
+    return list(dict.fromkeys(payloads))
+
+
+# Cuts of the link at named packets: before it, so that it is lost, and after it, so that its answer is.
+
+OUTBOUND = (
+    (1, UP, proxies.PUBLISH),
+    (1, DOWN, proxies.PUBACK),
+    (2, UP, proxies.PUBLISH),
+    (2, DOWN, proxies.PUBREC),
+    (2, UP, proxies.PUBREL),
+    (2, DOWN, proxies.PUBCOMP),
+)
+INBOUND = (
+    (1, DOWN, proxies.PUBLISH),
+    (1, UP, proxies.PUBACK),
+    (2, DOWN, proxies.PUBLISH),
+    (2, UP, proxies.PUBREC),
+    (2, DOWN, proxies.PUBREL),
+    (2, UP, proxies.PUBCOMP),
+)
+
+
+def test_no_message_is_lost_or_doubled_when_the_link_is_cut_at_any_packet_on_its_way_out():
+    async def case(broker, link, other, name, qos, direction, packet, when):
+        async with make(link.port, client_id=name) as client:
+            await until(lambda: client.connected)
+            cut = link.cut_at_packet(direction, packet, nth=3, when=when)
+            expected = []
+            for n in range(6):
+                expected.append("%s %d" % (name, n))
+                await client.publish("out", expected[-1], qos=qos, mark=n)
+            await settled(client)
+            assert cut.fired and client.mark == 5
+            await until(lambda: expected[-1] in other.payloads, "the last message of " + name)
+        got = [payload for payload in other.payloads if payload.startswith(name + " ")]
+        assert (got if qos == 2 else without_doubles(got)) == expected, (name, got)
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker) as other:
+        other.subscribe("out")
+        for qos, direction, packet in OUTBOUND:
+            for when in ("before", "inside", "after"):
+                name = "%d.%s.%d.%s" % (qos, direction, packet, when)
+                asyncio.run(case(broker, link, other, name, qos, direction, packet, when))
+
+
+def test_no_message_is_lost_or_doubled_when_the_link_is_cut_at_any_packet_on_its_way_in():
+    async def case(broker, link, other, name, qos, direction, packet, when):
+        got = []
+        async with make(link.port, client_id=name) as client:
+            client.on("#", lambda message: got.append(message.payload.decode()))
+            assert await client.subscribe("in/" + name, qos) == qos
+            cut = link.cut_at_packet(direction, packet, nth=3, when=when)
+            expected = [str(n) for n in range(6)]
+            for text in expected:
+                other.publish("in/" + name, text, qos)
+            await until(lambda: expected[-1] in got and cut.fired, "the last message of " + name)
+            await until(lambda: not client.store.session.held and not client._inbox)
+        assert (got if qos == 2 else without_doubles(got)) == expected, (name, got)
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker) as other:
+        for qos, direction, packet in INBOUND:
+            for when in ("before", "inside", "after"):
+                name = "%d.%s.%d.%s" % (qos, direction, packet, when)
+                asyncio.run(case(broker, link, other, name, qos, direction, packet, when))
+
+
+def test_link_in_single_bytes_with_large_and_small_messages():
+    async def scenario(broker, link, other):
+        got = []
+        async with make(link.port) as client:
+            client.on("#", lambda message: got.append(message.payload))
+            await client.subscribe("back", 2)
+            sent = [b"%d" % n * size for n, size in enumerate((1, 300, 3000, 0, 800))]
+            for data in sent:
+                await client.publish("back", data, qos=2)
+            await settled(client)
+            await until(lambda: len(got) == len(sent))
+            assert got == sent
+
+    with Mosquitto() as broker, Proxy(broker.port) as link:
+        link.chunk(1)
+        asyncio.run(scenario(broker, link, None))
+
+
+# Brokers that are away.
+
+
+def test_broker_restarts_lose_and_double_nothing():
+    async def scenario(broker, other):
+        async with make(broker.port) as client:
+            got = []
+            client.on("#", lambda message: got.append(message.payload.decode()))
+            await client.subscribe("in", 2)
+            for n in range(90):
+                await client.publish("out", str(n), qos=2, mark=n)
+                await client.publish("in", str(n), qos=2)
+                if n % 30 == 15:
+                    await until(lambda: client.connected)
+                    before = client.connections
+                    await asyncio.to_thread(broker.restart)
+                    await until(lambda: client.connections > before)
+            await settled(client)
+            assert client.session_present and client.stats()["connections"] >= 4
+            await until(lambda: len(got) >= 90)
+            assert got == [str(n) for n in range(90)]
+
+    with Mosquitto() as broker:
+        with far(broker) as other:
+            other.subscribe("out")
+        asyncio.run(scenario(broker, other))
+        with far(broker) as other:
+            asyncio.run(until(lambda: len(other.payloads) >= 90))
+            assert other.payloads == [str(n) for n in range(90)]
+
+
+def test_broker_that_forgot_everything_gets_messages_and_subscriptions_again():
+    async def scenario(broker):
+        told = []
+        async with make(broker.port) as client:
+            client.on_connect = told.append
+            got = []
+            client.on("#", lambda message: got.append(message.payload))
+            await client.subscribe("in", 2)
+            await asyncio.to_thread(broker.stop)
+            await client.publish("in", "kept", qos=2)
+            await asyncio.to_thread(broker.start)
+            await settled(client)
+            # Sent before SUBSCRIBE was answered it has no receiver; the next one has.
+            await client.subscribe("in", 1)
+            await client.publish("in", "next", qos=2)
+            await until(lambda: b"next" in got)
+            assert told == [False, False]
+
+    with Mosquitto(persistence=False) as broker:
+        asyncio.run(scenario(broker))
+
+
+def test_broker_down_at_the_start_gets_all_when_it_comes():
+    async def scenario(broker):
+        async with make(broker.port) as client:
+            for n in range(5):
+                await client.publish("out", str(n), qos=2)
+            await until(lambda: client.last_error is not None)
+            await asyncio.to_thread(broker.start)
+            await settled(client)
+            assert client.stats()["acknowledged"] == 5
+
+    with Mosquitto() as broker:
+        broker.stop()
+        asyncio.run(scenario(broker))
+
+
+def test_half_open_link_is_noticed_and_left():
+    async def scenario(link, other):
+        async with make(link.port, answer_ms=300) as client:
+            client._pulse_ms = 50
+            await until(lambda: client.connected)
+            link.swallow()
+            await client.publish("out", "swallowed", qos=2)
+            await until(lambda: not client.connected, "the end of the half-open connection")
+            link.accept()
+            await settled(client)
+            await until(lambda: other.payloads == ["swallowed"])
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker) as other:
+        other.subscribe("out")
+        asyncio.run(scenario(link, other))
+
+
+def test_wrong_password_is_refused_again_and_again_until_it_is_right():
+    async def scenario(broker):
+        nor = Nor(65536)
+        async with make(broker.port, nor, username="plant7", password="wrong") as client:
+            await client.publish("out", "kept", qos=1, mark=7)
+            await until(lambda: client._attempt > 2)
+            assert isinstance(client.last_error, ConnectRefused) and client.last_error.return_code == 5
+        async with make(broker.port, nor, username="plant7", password="secret") as client:
+            await settled(client)
+            assert client.mark == 7 and client.stats()["acknowledged"] == 1
+
+    with Mosquitto(users={"plant7": "secret"}) as broker:
+        asyncio.run(scenario(broker))
+
+
+# Sessions, wills, retained messages.
+
+
+def test_persistent_subscription_receives_what_was_sent_while_away():
+    async def scenario(broker, other):
+        nor = Nor(65536)
+        async with make(broker.port, nor) as client:
+            await client.subscribe("in/#", 2)
+        for n in range(10):
+            other.publish("in/%d" % n, str(n), qos=1 + n % 2)
+        got = []
+        async with make(broker.port, nor) as client:
+            async for message in client.messages:
+                got.append(message.payload.decode())
+                if len(got) == 10:
+                    break
+            assert client.session_present and got == [str(n) for n in range(10)]
+
+    with Mosquitto() as broker, far(broker) as other:
+        asyncio.run(scenario(broker, other))
+
+
+def test_will_is_delivered_on_a_cut_and_not_on_close():
+    async def scenario(link, other):
+        nor = Nor(65536)
+        will = ("will", "gone", 1, False)
+        async with make(link.port, nor, will=will) as client:
+            await client.acknowledged(await client.publish("will", "here"))
+        async with make(link.port, nor, will=will) as client:
+            await client.acknowledged(await client.publish("will", "again"))
+            link.cut()
+            await until(lambda: "gone" in other.payloads)
+        assert other.payloads == ["here", "again", "gone"]
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker) as other:
+        other.subscribe("will")
+        asyncio.run(scenario(link, other))
+
+
+def test_retained_messages_both_ways():
+    async def scenario(broker, other):
+        async with make(broker.port) as client:
+            for qos in (0, 1, 2):
+                await until(lambda: client.connected)
+                await client.publish("kept/%d" % qos, "r%d" % qos, qos=qos, retain=True)
+            await settled(client)
+            other.subscribe("kept/#")
+            await until(lambda: len(other.payloads) == 3)
+            assert sorted(other.payloads) == ["r0", "r1", "r2"] and all(other.retained)
+            got = []
+            client.on("#", lambda message: got.append((message.payload, message.retain)))
+            await client.subscribe("kept/#", 2)
+            await until(lambda: len(got) == 3)
+            assert sorted(got) == [(b"r0", True), (b"r1", True), (b"r2", True)]
+
+    with Mosquitto() as broker, far(broker) as other:
+        asyncio.run(scenario(broker, other))
+
+
+def test_qos_is_granted_by_the_broker():
+    async def scenario(broker):
+        async with make(broker.port) as client:
+            assert [await client.subscribe("f%d" % qos, qos) for qos in (0, 1, 2)] == [0, 1, 2]
+            await client.unsubscribe("f1")
+            got = []
+            client.on("#", lambda message: got.append(message.payload))
+            await client.publish("f1", "no", qos=1)
+            await client.publish("f2", "yes", qos=1)
+            await until(lambda: got)
+            assert got == [b"yes"]
+
+    with Mosquitto() as broker:
+        asyncio.run(scenario(broker))
+
+
+# All of it together, in an order drawn from a seed.
+
+RUNS = ((1, 11), (2, 12), (2, 13), (2, 14))  # QoS, seed
+MESSAGES = 120
+
+
+class Program:
+    """A device's program through power cuts: numbers what it sends by the mark, handles each command by its token."""
+
+    def __init__(self, port, qos, rng):
+        self.port = port
+        self.qos = qos
+        self.rng = rng
+        self.nor = Nor(65536)
+        self.client = None
+        self.commands = []
+        self.tokens = set()
+        self.power_cuts = 0
+
+    def command(self, message):
+        # What a program does that must not act twice.  The set stands for a record of its own.
+        if message.token not in self.tokens:
+            self.tokens.add(message.token)
+            self.commands.append(message.payload.decode())
+
+    async def power_on(self):
+        self.client = make(self.port, self.nor, answer_ms=5000)
+        self.client._pulse_ms = 20
+        self.client.on("#", self.command)
+        await self.client.start()
+        task = asyncio.create_task(self.client.subscribe("in", 2))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def power_off(self):
+        self.power_cuts += 1
+        tasks = [self.client._run_task, self.client._dispatch_task, self.subscribing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.nor.power_on()
+
+    async def run(self, faults):
+        """Publish numbers 0 to MESSAGES - 1 while faults(n) act; return when the broker has them all."""
+        self.subscribing = await self.power_on()
+        await self.subscribing  # from here on the broker keeps every command for us
+        while True:
+            n = 0 if self.client.mark is None else self.client.mark + 1
+            if n == MESSAGES:
+                break
+            try:
+                if await faults(n, self):
+                    raise PowerCut("switched off")
+                await self.client.publish("out", str(n), qos=self.qos, mark=n)
+                if self.rng.random() < 0.5:
+                    await until(lambda: self.client.connected or not self.client.store.journal.usable)
+                await turns(self.rng.randrange(20))
+            except (PowerCut, JournalUnavailable):
+                await self.power_off()
+                self.subscribing = await self.power_on()
+        self.nor.power_on()
+        if not self.client.store.journal.usable:
+            await self.power_off()
+            self.subscribing = await self.power_on()
+        await settled(self.client)
+
+
+def _run(qos, seed):
+    rng = random.Random(seed)
+    kinds = []
+
+    with Mosquitto() as broker, Proxy(broker.port) as link:
+        with far(broker) as other:
+            other.subscribe("out")
+        sent = []
+
+        def send(text):
+            # A new connection each: after a restart paho resends more at once than mosquitto allows, again and again.
+            with far(broker, "sender", clean=True) as sender:
+                sender.publish("in", text)
+
+        async def faults(n, program):
+            """Perhaps do something to the device; True: switch it off."""
+            if n % 3 == 0 and len(sent) <= n // 3:
+                sent.append(str(n))
+                await asyncio.to_thread(send, str(n))
+            if rng.random() > 0.2:
+                return False
+            kind = rng.choice(("cut", "packet", "packet", "bytes", "restart", "off", "flash", "flash"))
+            if kind == "restart" and kinds.count(kind) == 2:
+                kind = "cut"
+            kinds.append(kind)
+            if kind == "cut":
+                link.cut(reset=rng.random() < 0.5)
+            elif kind == "packet":
+                qos_, direction, packet = rng.choice(OUTBOUND + INBOUND)
+                link.cut_at_packet(direction, packet, rng.randrange(1, 4), rng.choice(("before", "inside", "after")))
+            elif kind == "bytes":
+                link.cut_after(rng.choice((UP, DOWN)), rng.randrange(200))
+            elif kind == "restart":
+                await asyncio.to_thread(broker.restart)
+            elif kind == "flash":
+                program.nor.cut_after(rng.randrange(1, 12), "bits", "mixed", rng.randrange(1000), weak=True)
+            return kind == "off"
+
+        async def scenario():
+            program = Program(link.port, qos, rng)
+            await program.run(faults)
+            link.cancel_cuts()
+            await until(lambda: len(program.commands) == len(sent), "all commands: %r %r" % (program.commands, sent))
+            await program.client.close()
+            return program
+
+        program = asyncio.run(scenario())
+        with far(broker) as other:
+            asyncio.run(until(lambda: str(MESSAGES - 1) in other.payloads))
+        expected = [str(n) for n in range(MESSAGES)]
+        note = "seed %d: %r" % (seed, kinds)
+        assert (other.payloads if qos == 2 else without_doubles(other.payloads)) == expected, note
+        assert program.commands == sent, note
+        assert program.power_cuts and {"cut", "packet"} <= set(kinds), note
+
+
+def test_random_cuts_restarts_and_reboots_lose_nothing_and_double_nothing_at_qos_2():
+    for qos, seed in RUNS:
+        _run(qos, seed)
