@@ -477,24 +477,26 @@ class Tap:
 
 
 def facts(store):
-    """All that a store knows, without places."""
+    """All that a store knows, without places, and without what of the queue is in RAM already."""
     session = store.session
-    queued = []
+    messages = [(packet_id, session.out[packet_id] & 3) for packet_id in session.order()]
+    messages.reverse()
+    queued = 0
     pos = store._cursor
     journal = store.journal
-    while store.queued and pos >= 0 and len(queued) < store.queued:
+    while pos >= 0 and queued < store.queued:
         pos = journal.next(pos)
         if pos < 0:
             break
         if journal.buf[0] & 0xF0 == 0x10 and store._is_queued(store._packet_id(pos)):
-            queued.append(store._packet_id(pos))
+            messages.append((store._packet_id(pos), journal.buf[0] >> 1 & 3))
+            queued += 1
         pos = journal.behind(pos)
     return {
-        "out": sorted((packet_id, session.out[packet_id] & 3) for packet_id in session.out),
+        "messages": messages,
+        "unreadable": store.queued - queued,
         "held": sorted(session.held),
         "newest": session.newest,
-        "queued": queued,
-        "count": store.queued,
         "mark": store.mark,
         "received": store.received,
         "identity": store.identity,
