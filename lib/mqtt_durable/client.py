@@ -160,7 +160,6 @@ class Client:
         """Begin to connect, and to stay connected.  Returns at once; publish() works from here on, connected or not."""
         if self._run_task is None:
             self._leaving = False
-            self._said.clear()
             self.messages.ended = False
             self._dispatch_task = asyncio.create_task(self._dispatch())
             self._run_task = asyncio.create_task(self._run())
@@ -170,7 +169,7 @@ class Client:
 
         Unacknowledged messages stay stored.  A handler that is running is cancelled, unless it is the caller; its
         message, like those that wait for theirs, is not acknowledged and comes again.  A loop over .messages in
-        another task ends.  Takes 3 s at most.  The client can be started again.
+        another task ends.  Takes 4 s at most.  The client can be started again.
         """
         if self._run_task is None:
             return
@@ -179,12 +178,11 @@ class Client:
         self._down.set()
         self._wake.set()
         try:
+            # With limits: a handler may refuse to be cancelled, and a Ctrl-C that strikes a task of MicroPython's loop
+            # leaves it neither alive nor done.
             if asyncio.current_task() is not self._dispatch_task:
-                await _end(self._dispatch_task)
-            try:
-                await asyncio.wait_for_ms(self._run_task, 3000)  # or it is cancelled
-            except asyncio.TimeoutError:
-                pass
+                await _within(1000, _end(self._dispatch_task))
+            await _within(3000, self._run_task)  # or it is cancelled
         finally:
             self._run_task = None
             self._inbox = deque((), _INBOX)
@@ -376,10 +374,7 @@ class Client:
             if self._leaving:
                 return
             self._down.clear()
-            try:
-                await asyncio.wait_for_ms(self._down.wait(), self._pause_ms())
-            except asyncio.TimeoutError:
-                pass
+            await _within(self._pause_ms(), self._down.wait())
 
     def _pause_ms(self):
         """The pause before the next attempt: doubled each time up to the longest, drawn from its upper half."""
@@ -449,6 +444,7 @@ class Client:
             store.connected(self.session_present, self._identity)
             self._renewing = False
             self._passed_over = False
+            self._said.clear()
             self.connections += 1
             self._ping_at = None
             self._last_sent = self._last_received = time.ticks_ms()
@@ -856,6 +852,14 @@ class _Request(_Waiter):
         self.filter = topic_filter
         self.qos = qos
         self.packet_id = 0
+
+
+async def _within(limit_ms, awaitable):
+    """Wait for awaitable, but no longer than that."""
+    try:
+        await asyncio.wait_for_ms(awaitable, limit_ms)
+    except asyncio.TimeoutError:
+        pass
 
 
 async def _end(*tasks):

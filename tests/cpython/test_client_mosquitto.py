@@ -388,8 +388,9 @@ class Program:
         self.power_cuts += 1
         tasks = [self.client._run_task, self.client._dispatch_task, self.subscribing]
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            while not task.done():
+                task.cancel()  # again and again: before 3.12 wait_for() sometimes swallows it
+                await asyncio.sleep(0)
         self.nor.power_on()
 
     async def run(self, faults):

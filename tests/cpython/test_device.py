@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def _interpreter():
     return os.environ.get("MICROPYTHON") or str(Path(sys.executable).parent / "micropython")
 
 
-def _board(directory, config):
+def _board(directory, config, **environment):
     """Start the device with its files in directory; its flash is a file there."""
     for name in ("boot.py", "main.py"):
         shutil.copy(ROOT / name, directory)
@@ -29,7 +30,9 @@ def _board(directory, config):
     return subprocess.Popen(
         [_interpreter(), "-c", code],
         cwd=directory,
-        env=dict(os.environ, MICROPYPATH=path, MQTT_DURABLE_NOR="flash.nor", MQTT_DURABLE_NOR_SIZE="65536"),
+        env=dict(
+            os.environ, MICROPYPATH=path, MQTT_DURABLE_NOR="flash.nor", MQTT_DURABLE_NOR_SIZE="65536", **environment
+        ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,11 +44,11 @@ def _config(port):
     return {"wifi": None, "broker": {"host": "127.0.0.1", "port": port}, "client_id": "mast7"}
 
 
-def _listen(port, topic_filter):
+def _listen(port, topic_filter, clean=True):
     """A paho client and the queue of (topic, payload) it receives."""
     arrived = queue.Queue()
     ready = queue.Queue()
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="far")
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="far", clean_session=clean)
     client.on_message = lambda _c, _u, message: arrived.put((message.topic, message.payload))
     client.on_subscribe = lambda *_: ready.put(True)
     client.connect("127.0.0.1", port)
@@ -88,3 +91,139 @@ def test_a_mistake_in_the_configuration_is_one_line_and_ends_at_the_repl(tmp_pat
     output, _ = _board(tmp_path, config).communicate(timeout=PATIENCE_S)
     assert 'broker.port: found "1883", expected a whole number 1-65535' in output.splitlines()
     assert "Traceback" not in output
+
+
+# What follows has an app.py beside main.py, and reads the console line by line.
+
+# Numbers its readings by the mark that is stored with each.
+COUNTER = """
+import asyncio
+
+async def main(client, config):
+    n = client.mark or 0
+    print("app: from", n + 1, "waiting", client.stats()["waiting"])
+    while n < 60:
+        n += 1
+        await client.publish("out", str(n), qos=2, mark=n)
+        print("app: published", n)
+        await asyncio.sleep_ms(3)
+    await client.drain()
+    print("app: done")
+    await asyncio.sleep_ms(3600000)
+"""
+
+CRASHES_ONCE = """
+starts = 0
+
+async def main(client, config):
+    global starts
+    starts += 1
+    await client.publish("out", "start %d" % starts, qos=1)
+    await client.drain()
+    if starts == 1:
+        raise KeyError("made to crash")
+"""
+
+
+class Console:
+    """A device that is switched on, and what it says."""
+
+    def __init__(self, directory, port, app=None, **environment):
+        if app:
+            (directory / "app.py").write_text(app)
+        self._board = _board(directory, _config(port), **environment)
+        self.lines = []
+
+    def wait_line(self, text):
+        """Read on to a line that begins like this and return it."""
+        for line in self._board.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith(text):
+                return line.rstrip()
+        raise AssertionError("never said %r: %r" % (text, self.lines))
+
+    def interrupt(self):
+        self._board.send_signal(signal.SIGINT)
+
+    def ended(self):
+        """Return its exit status, when it has ended and all that it said is known."""
+        self.lines += self._board.communicate(timeout=PATIENCE_S)[0].splitlines()
+        return self._board.returncode
+
+    def power_off(self):
+        self._board.kill()
+        return self.ended()
+
+
+def test_queue_outlives_power_cuts_while_the_broker_is_away_and_arrives_once_in_order(tmp_path):
+    with Mosquitto() as broker:
+        client, arrived = _listen(broker.port, "out", clean=False)
+        board = Console(tmp_path, broker.port, COUNTER)
+        try:
+            board.wait_line("app: published 3")
+            broker.stop()
+            board.wait_line("app: published 20")
+            board.power_off()
+            kept = sum("app: published" in line for line in board.lines)
+            # The power also fails in the middle of flash operations.
+            for cut in ("9,bits,mixed,1", "7,prefix,zeros,2", "11,bytes,random,3"):
+                board = Console(tmp_path, broker.port, MQTT_DURABLE_NOR_KILL=cut)
+                assert board.ended() == -signal.SIGKILL
+            board = Console(tmp_path, broker.port)
+            begun = board.wait_line("app: from").split()
+            assert int(begun[2]) > kept and int(begun[4]) >= kept - 3
+            board.wait_line("app: published 40")
+            broker.start()
+            board.wait_line("app: done")
+            got = [arrived.get(timeout=PATIENCE_S)[1].decode() for _ in range(60)]
+            assert got == [str(n) for n in range(1, 61)]
+            board.power_off()
+            # What it may not have recorded of the last acknowledgements doubles nothing.
+            board = Console(tmp_path, broker.port)
+            assert board.wait_line("app: from").startswith("app: from 61 ")
+            board.wait_line("app: done")
+            assert arrived.empty()
+        finally:
+            board.power_off()
+            client.disconnect()
+            client.loop_stop()
+
+
+def test_ctrl_c_ends_it_in_order(tmp_path):
+    with Mosquitto() as broker:
+        board = Console(tmp_path, broker.port)
+        broker.wait_log("Sending SUBACK to mast7")
+        board.interrupt()
+        board.ended()
+        broker.wait_log("Received DISCONNECT from mast7")
+        assert "main.py: the board is at the REPL; main() starts again" in board.lines
+        assert not [line for line in board.lines if "Traceback" in line], board.lines
+
+
+def test_application_that_crashes_is_started_again(tmp_path):
+    with Mosquitto() as broker:
+        client, arrived = _listen(broker.port, "out")
+        board = Console(tmp_path, broker.port, CRASHES_ONCE)
+        assert [arrived.get(timeout=PATIENCE_S)[1] for _ in range(2)] == [b"start 1", b"start 2"]
+        board.ended()
+        client.disconnect()
+        client.loop_stop()
+        assert "KeyError: made to crash" in board.lines and "main.py: the application has ended" in board.lines
+
+
+def test_flash_full_of_rubbish_does_not_stop_it(tmp_path):
+    with Mosquitto() as broker:
+        board = Console(tmp_path, broker.port)
+        broker.wait_log("Sending SUBACK to mast7")
+        board.power_off()
+        flash = tmp_path / "flash.nor"
+        data = bytearray(flash.read_bytes())
+        data[:65536] = bytes(i * 73 + (i >> 8) & 255 for i in range(65536))
+        flash.write_bytes(data)
+        client, arrived = _listen(broker.port, "devices/mast7/telemetry")
+        board = Console(tmp_path, broker.port)
+        report = json.loads(arrived.get(timeout=PATIENCE_S)[1])
+        board.power_off()
+        client.disconnect()
+        client.loop_stop()
+        assert report["stats"]["stored"] == 0
