@@ -7,17 +7,10 @@ import esp32
 from mqtt_durable.errors import JournalUnavailable
 from mqtt_durable.flash import open_home
 from norsim import Nor
+from raises import raises
 
 _SIZE = 16384
 _PATH = "test_flash.%s.tmp" % sys.implementation.name  # both interpreters may run at once
-
-
-def _raises(kind, function, *args):
-    try:
-        function(*args)
-    except kind as e:
-        return e
-    raise AssertionError("%s was not raised" % kind.__name__)
 
 
 def _remove(path=_PATH):
@@ -65,7 +58,7 @@ def _check_block_device(device, size, prog_size):
         (device.ioctl, 6, size // 4096),
         (device.ioctl, 6, -1),
     ):
-        _raises(OSError, *bad)
+        raises(OSError, *bad)
 
 
 def test_ram_is_a_block_device():
@@ -118,7 +111,7 @@ def test_a_file_of_no_journal_size_is_left_alone():
         for length in (0, 8192, _SIZE + 100):
             with open(_PATH, "wb") as f:
                 f.write(b"x" * length)
-            error = _raises(JournalUnavailable, open_home, "file:" + _PATH, _SIZE)
+            error = raises(JournalUnavailable, open_home, "file:" + _PATH, _SIZE)
             assert _PATH in str(error) and str(length) in str(error) and "\n" not in str(error)
             assert os.stat(_PATH)[6] == length
     finally:
@@ -126,7 +119,7 @@ def test_a_file_of_no_journal_size_is_left_alone():
 
 
 def test_a_file_that_cannot_be_made_is_said():
-    error = _raises(JournalUnavailable, open_home, "file:no/such/directory/journal.bin", _SIZE)
+    error = raises(JournalUnavailable, open_home, "file:no/such/directory/journal.bin", _SIZE)
     assert "no/such/directory/journal.bin" in str(error)
 
 
@@ -161,7 +154,7 @@ def test_an_encrypted_partition_is_refused():
     esp32.clear()
     esp32.add_partition("mqj", Nor(_SIZE, 16), encrypted=True)
     try:
-        assert "encrypted" in str(_raises(JournalUnavailable, open_home, "auto", _SIZE))
+        assert "encrypted" in str(raises(JournalUnavailable, open_home, "auto", _SIZE))
     finally:
         esp32.clear()
 
@@ -172,7 +165,7 @@ def test_a_partition_that_is_missing_or_too_small_is_said():
     esp32.add_partition("tiny", Nor(8192))
     try:
         for label, word in (("nope", "label"), ("app", "label"), ("tiny", "8192")):
-            error = str(_raises(JournalUnavailable, open_home, "partition:" + label, _SIZE))
+            error = str(raises(JournalUnavailable, open_home, "partition:" + label, _SIZE))
             assert '"%s"' % label in error and word in error and "\n" not in error
     finally:
         esp32.clear()
@@ -206,7 +199,7 @@ def test_auto_on_a_host_is_a_file_in_the_current_directory():
 
 def test_bad_homes_and_sizes_are_refused():
     for home in ("", "flash", "partition", "partition:", "file:", "ram:", "auto:x", "Ram"):
-        assert "partition:LABEL" in str(_raises(ValueError, open_home, home, _SIZE))
+        assert "partition:LABEL" in str(raises(ValueError, open_home, home, _SIZE))
     for size in (0, 8192, _SIZE + 1, -4096):
-        _raises(ValueError, open_home, "ram", size)
-        _raises(ValueError, open_home, "file:" + _PATH, size)
+        raises(ValueError, open_home, "ram", size)
+        raises(ValueError, open_home, "file:" + _PATH, size)

@@ -194,7 +194,8 @@ class Journal:
         """Fill buf from the record at pos, from byte skip of the record on.  Not checked again: load() did that."""
         self._device.readblocks(pos >> 12, buf, (pos & 0xFFF) + skip)
 
-    def _start_of(self, sector):
+    def start_of(self, sector):
+        """The position of the first record of a sector."""
         return sector << 12 | self._pad(_HEADER)
 
     def _after(self, seq):
@@ -219,7 +220,7 @@ class Journal:
             if sector == self._head:
                 return -1
             sector = self._after(self._seqs[sector])
-            pos = self._start_of(sector)
+            pos = self.start_of(sector)
 
     def behind(self, pos):
         """The position behind the record at pos, which is the one loaded last; -1 at the end of the newest sector."""
@@ -229,7 +230,7 @@ class Journal:
             return pos & ~0xFFF | end
         if pos >> 12 == self._head:
             return -1
-        return self._start_of(self._after(self._seqs[pos >> 12]))
+        return self.start_of(self._after(self._seqs[pos >> 12]))
 
     def _gap(self, off):
         """How far the bytes loaded from off on, which are no record, can be passed over at once."""

@@ -618,7 +618,7 @@ class Store:
         queued = []
         if whole and self.queued:
             journal = self.journal
-            pos = self._cursor if self._cursor >> 12 == sector else sector << 12 | 4096 - journal.room
+            pos = self._cursor if self._cursor >> 12 == sector else journal.start_of(sector)
             while 0 <= pos and pos >> 12 == sector:
                 pos = journal.next(pos)
                 if pos < 0 or pos >> 12 != sector:

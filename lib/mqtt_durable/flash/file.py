@@ -1,7 +1,7 @@
 """A plain file as the journal's home, for hosts: a block device whose sectors stand one after the other.
 
 Every program and erase has reached the disk when it returns (flush, and fsync where os has it; on MicroPython flush
-does both).  A program replaces the bytes; it does not only clear bits as flash does, so nothing may be built on that.
+does both).
 """
 
 import os
@@ -9,21 +9,19 @@ import os
 from micropython import const
 
 from ..errors import JournalUnavailable
+from .sectors import Sectors
 
 _ERASE_SIZE = const(4096)
 _MIN_BYTES = const(16384)
-_EINVAL = const(22)
 _EIO = const(5)
 
 
-class FileDevice:
+class FileDevice(Sectors):
     """The file at path, made with size bytes if it is not there.  size, prog_size: what it has.
 
     A file that exists keeps its data and its own size.  Raises JournalUnavailable if that is not a multiple of 4096
     of at least 16384, or if the file cannot be made or opened.
     """
-
-    prog_size = 4
 
     def __init__(self, path, size):
         problem = None
@@ -56,40 +54,19 @@ class FileDevice:
             _sync(f)
         os.rename(path + ".new", path)
 
-    def readblocks(self, n, buf, off=0):
-        """Read len(buf) bytes at sector n, off bytes into it.  OSError if that is not inside the file."""
-        self._seek(n, off, len(buf))
+    def get(self, at, buf):
+        self._file.seek(at)
         if self._file.readinto(buf) != len(buf):
             raise OSError(_EIO, "EIO")
 
-    def writeblocks(self, n, buf, off=None):
-        """Program buf at sector n, off bytes into it; without off it fills whole sectors.  OSError if not inside."""
-        if off is None and len(buf) % _ERASE_SIZE:
-            raise OSError(_EINVAL, "EINVAL")
-        self._seek(n, off or 0, len(buf))
-        self._file.write(buf)
+    def put(self, at, data):
+        self._file.seek(at)
+        self._file.write(data)
         _sync(self._file)
-
-    def ioctl(self, op, arg):
-        """4: number of sectors, 5: bytes of a sector, 6: erase sector arg; 1-3: 0; else None."""
-        if op == 4:
-            return self.size // _ERASE_SIZE
-        if op == 5:
-            return _ERASE_SIZE
-        if op == 6:
-            self.writeblocks(arg, b"\xff" * _ERASE_SIZE, 0)
-            return 0
-        return 0 if op in (1, 2, 3) else None
 
     def close(self):
         """Close the file; nothing is left to write."""
         self._file.close()
-
-    def _seek(self, n, off, length):
-        at = n * _ERASE_SIZE + off
-        if at < 0 or at + length > self.size:
-            raise OSError(_EINVAL, "EINVAL")
-        self._file.seek(at)
 
 
 def _sync(f):

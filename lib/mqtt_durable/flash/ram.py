@@ -1,47 +1,19 @@
 """RAM as the journal's home, when asked for: survives a lost link, not a reset."""
 
-from micropython import const
-
-_ERASE_SIZE = const(4096)
-_EINVAL = const(22)
+from .sectors import Sectors
 
 
-class RamDevice:
-    """A block device of size bytes (a multiple of 4096), blank.  A program replaces the bytes."""
-
-    prog_size = 4
+class RamDevice(Sectors):
+    """A block device of size bytes (a multiple of 4096), blank."""
 
     def __init__(self, size):
         self.size = size
         self.mem = bytearray(size)
-        for sector in range(size // _ERASE_SIZE):
+        for sector in range(self.ioctl(4, 0)):
             self.ioctl(6, sector)
 
-    def readblocks(self, n, buf, off=0):
-        """Read len(buf) bytes at sector n, off bytes into it.  OSError if that is not inside."""
-        at = self._address(n, off, len(buf))
+    def get(self, at, buf):
         buf[:] = memoryview(self.mem)[at : at + len(buf)]
 
-    def writeblocks(self, n, buf, off=None):
-        """Program buf at sector n, off bytes into it; without off it fills whole sectors.  OSError if not inside."""
-        if off is None and len(buf) % _ERASE_SIZE:
-            raise OSError(_EINVAL, "EINVAL")
-        at = self._address(n, off or 0, len(buf))
-        self.mem[at : at + len(buf)] = buf
-
-    def ioctl(self, op, arg):
-        """4: number of sectors, 5: bytes of a sector, 6: erase sector arg; 1-3: 0; else None."""
-        if op == 4:
-            return self.size // _ERASE_SIZE
-        if op == 5:
-            return _ERASE_SIZE
-        if op == 6:
-            self.writeblocks(arg, b"\xff" * _ERASE_SIZE, 0)
-            return 0
-        return 0 if op in (1, 2, 3) else None
-
-    def _address(self, n, off, length):
-        at = n * _ERASE_SIZE + off
-        if at < 0 or at + length > self.size:
-            raise OSError(_EINVAL, "EINVAL")
-        return at
+    def put(self, at, data):
+        self.mem[at : at + len(data)] = data
