@@ -24,10 +24,8 @@ Every packet, also a lost one, is noted with the number of its connection.  What
 import asyncio
 import os
 
-NAMES = (
-    "? CONNECT CONNACK PUBLISH PUBACK PUBREC PUBREL PUBCOMP SUBSCRIBE SUBACK UNSUBSCRIBE UNSUBACK PINGREQ PINGRESP "
-    "DISCONNECT ?"
-).split()
+from packet_types import NAMES
+
 _PATIENCE_MS = 10000
 
 

@@ -33,6 +33,7 @@ import norsim
 import paho.mqtt.client as mqtt
 import proxy as px
 from brokers import BrokerError, Mosquitto, find_mosquitto
+from packet_types import CONNACK, CONNECT, NAMES, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -61,30 +62,16 @@ _OUTAGE_S = 25  # longer than a device needs to notice a half-open link
 _HOLDS_S = 1.2  # a connection that the client takes for a good one
 _RECOVERY_S = 4  # a life in which nothing gets through ends after this, or after _OUTAGE_S
 
-_TYPE_NAMES = {
-    px.CONNECT: "CONNECT",
-    px.CONNACK: "CONNACK",
-    px.PUBLISH: "PUBLISH",
-    px.PUBACK: "PUBACK",
-    px.PUBREC: "PUBREC",
-    px.PUBREL: "PUBREL",
-    px.PUBCOMP: "PUBCOMP",
-    px.SUBSCRIBE: "SUBSCRIBE",
-    px.SUBACK: "SUBACK",
-    px.PINGREQ: "PINGREQ",
-    px.PINGRESP: "PINGRESP",
-    px.DISCONNECT: "DISCONNECT",
-}
 # At which packets the link is cut.
 _CUT_AT = {
-    1: [(px.UP, px.CONNECT), (px.DOWN, px.CONNACK), (px.UP, px.PUBLISH), (px.DOWN, px.PUBACK)],
+    1: [(px.UP, CONNECT), (px.DOWN, CONNACK), (px.UP, PUBLISH), (px.DOWN, PUBACK)],
     2: [
-        (px.UP, px.CONNECT),
-        (px.DOWN, px.CONNACK),
-        (px.UP, px.PUBLISH),
-        (px.DOWN, px.PUBREC),
-        (px.UP, px.PUBREL),
-        (px.DOWN, px.PUBCOMP),
+        (px.UP, CONNECT),
+        (px.DOWN, CONNACK),
+        (px.UP, PUBLISH),
+        (px.DOWN, PUBREC),
+        (px.UP, PUBREL),
+        (px.DOWN, PUBCOMP),
     ],
 }
 _LINK_FAULTS = ("packet", "reset", "packet", "byte", "packet", "half-open", "packet", "end", "packet", "away")
@@ -381,14 +368,14 @@ class Trial:
         """Note a packet in wire.log: time, direction, type, flags, and the packet identifier or the number it has."""
         kind = packet[0] >> 4
         text = ""
-        if kind == px.PUBLISH:
+        if kind == PUBLISH:
             at = packet.find(self.topic.encode()) + len(self.topic)
             text = "id %d: %s" % (int.from_bytes(packet[at : at + 2], "big"), packet[at + 2 : at + 9].decode())
-        elif kind == px.CONNACK:
+        elif kind == CONNACK:
             text = "session present %d, return code %d" % (packet[2], packet[3])
         elif len(packet) == 4:
             text = "id %d" % int.from_bytes(packet[2:4], "big")
-        name = _TYPE_NAMES.get(kind, kind)
+        name = NAMES[kind]
         self._log("%-4s %s flags %d %s" % (direction, name, packet[0] & 15, text))
 
     def _log(self, line):
@@ -439,7 +426,7 @@ class Trial:
         return 'the device ended by itself in life %d; it last said "%s"' % (self.device.life, self.device.last_line)
 
     def _connects(self):
-        return self._proxy.counters()[px.DOWN, px.CONNACK]
+        return self._proxy.counters()[px.DOWN, CONNACK]
 
     # -- power
 
@@ -541,10 +528,10 @@ class Trial:
             if kind == "packet":
                 direction, packet_type = rng.choice(_CUT_AT[self.qos])
                 when = rng.choice(("before", "inside", "after"))
-                nth = 1 if packet_type in (px.CONNECT, px.CONNACK) else rng.randint(1, 8)
+                nth = 1 if packet_type in (CONNECT, CONNACK) else rng.randint(1, 8)
                 cut = proxy.cut_at_packet(direction, packet_type, nth, when)
-                text = "%s %s" % (when, _TYPE_NAMES[packet_type])
-                if packet_type in (px.CONNECT, px.CONNACK):
+                text = "%s %s" % (when, NAMES[packet_type])
+                if packet_type in (CONNECT, CONNACK):
                     proxy.cut()  # or there is no such packet
             else:
                 nbytes = rng.randint(0, 2000)

@@ -30,10 +30,20 @@ from mqtt_durable.journal import Journal
 from mqtt_durable.packet import DISCONNECT_BYTES, Decoder, encode_connect, encode_subscribe
 from mqtt_durable.store import Store, identity
 from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut
+from packet_types import (
+    CONNACK,
+    CONNECT,
+    DISCONNECT,
+    NAMES,
+    PUBACK,
+    PUBCOMP,
+    PUBLISH,
+    PUBREC,
+    PUBREL,
+    SUBACK,
+    SUBSCRIBE,
+)
 
-CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK = range(1, 10)
-DISCONNECT = 14
-NAMES = "? CONNECT CONNACK PUBLISH PUBACK PUBREC PUBREL PUBCOMP SUBSCRIBE SUBACK ? ? ? ? DISCONNECT ?".split()
 
 ME = identity("device", "broker", 1883)
 FILTER = "to/device"
@@ -139,7 +149,6 @@ WORKLOADS = {
         events={1: "offline", 11: "online"},
     ),
 }
-SMALL = ("qos1_publish", "qos2_publish", "qos1_receive", "qos2_receive")
 
 
 # -- packets, parsed without the library
@@ -674,7 +683,6 @@ class Device:
                 packet_id = self.store.publish("from/device", self.workload.payload(self.next), qos, False, self.next)
             except JournalFull:
                 world.say("app", "refused: full")
-                world.refused += 1
                 return
             world.accepted = self.next
             world.numbers[packet_id] = self.next
@@ -695,7 +703,7 @@ class World:
         self.trace = trace
         self.up = []  # packets on their way to the broker
         self.down = b""  # bytes on their way to the device
-        self.accepted = self.attempted = self.refused = 0
+        self.accepted = self.attempted = 0
         self.numbers = {}  # packet identifier -> number of the message accepted under it last
         self.dropped = []
         self.effects = {}  # number -> token, of what the handler has had

@@ -8,6 +8,7 @@ import brokers
 import paho.mqtt.client as paho
 import proxy as proxies
 from brokers import BrokerError, Mosquitto
+from packet_types import CONNACK, CONNECT, PINGRESP, PUBACK, PUBLISH, PUBREC, PUBREL, SUBSCRIBE
 from proxy import DOWN, UP, PacketScanner, Proxy
 
 PATIENCE_S = 60
@@ -255,7 +256,7 @@ def test_proxy_forwards_both_ways_and_passes_the_end_on():
         counters = proxy.counters()
         assert counters["connections"] == 1 and counters["cuts"] == 0
         assert (counters[UP, "bytes"], counters[DOWN, "bytes"]) == (7, 12)
-        assert (counters[UP, proxies.PUBLISH], counters[DOWN, proxies.PINGRESP]) == (1, 1)
+        assert (counters[UP, PUBLISH], counters[DOWN, PINGRESP]) == (1, 1)
 
 
 def test_proxy_passes_a_reset_on():
@@ -364,8 +365,8 @@ def test_cut_at_packet_before_inside_and_after():
             for split in (1, 3, len(stream)):
                 with line() as (proxy, near, far):
                     source, sink = (near, far) if direction == UP else (far, near)
-                    cut = proxy.cut_at_packet(direction, proxies.PUBLISH, nth, when)
-                    other = proxy.cut_at_packet(DOWN if direction == UP else UP, proxies.PUBLISH)
+                    cut = proxy.cut_at_packet(direction, PUBLISH, nth, when)
+                    other = proxy.cut_at_packet(DOWN if direction == UP else UP, PUBLISH)
                     source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     where = (nth, when, direction, split)
                     # The system tells of a reset once: at whichever call comes first.
@@ -383,7 +384,7 @@ def test_cut_at_packet_before_inside_and_after():
 
 def test_cuts_count_over_connections_and_can_be_cancelled():
     with contextlib.closing(Peer()) as peer, Proxy(peer.port) as proxy:
-        cut = proxy.cut_at_packet(UP, proxies.PUBLISH, 2, "after")
+        cut = proxy.cut_at_packet(UP, PUBLISH, 2, "after")
         for number in (1, 2):
             with dial(proxy.port) as near, peer.accept() as far:
                 near.sendall(publish(b"x"))
@@ -405,8 +406,8 @@ def test_bad_orders_are_refused():
         for order in (
             lambda: proxy.cut_after("left", 1),
             lambda: proxy.cut_after(UP, -1),
-            lambda: proxy.cut_at_packet(UP, proxies.PUBACK, nth=0),
-            lambda: proxy.cut_at_packet(UP, proxies.PUBACK, when="during"),
+            lambda: proxy.cut_at_packet(UP, PUBACK, nth=0),
+            lambda: proxy.cut_at_packet(UP, PUBACK, when="during"),
         ):
             try:
                 order()
@@ -465,9 +466,9 @@ def test_messages_come_through_in_single_bytes_and_late():
             a.publish("t", b"x" * 300, 2)
             assert a.payload() == b"x" * 300
             counters = proxy.counters()
-            for packet_type in (proxies.CONNECT, proxies.SUBSCRIBE, proxies.PUBLISH, proxies.PUBREL):
+            for packet_type in (CONNECT, SUBSCRIBE, PUBLISH, PUBREL):
                 assert counters[UP, packet_type] == 1, packet_type
-        assert [(d, p[0] >> 4) for d, p in seen[:2]] == [(UP, proxies.CONNECT), (DOWN, proxies.CONNACK)]
+        assert [(d, p[0] >> 4) for d, p in seen[:2]] == [(UP, CONNECT), (DOWN, CONNACK)]
         assert seen[0][1][4:8] == b"MQTT"
 
 
@@ -475,7 +476,7 @@ def test_message_is_delivered_once_when_its_pubrec_is_lost():
     with Mosquitto() as broker, Proxy(broker.port) as proxy, device("far", broker.port) as far:
         far.connected()
         far.subscribe("t", 2)
-        cut = proxy.cut_at_packet(DOWN, proxies.PUBREC, when="before")
+        cut = proxy.cut_at_packet(DOWN, PUBREC, when="before")
         with device("near", proxy.port, clean=False) as near:
             near.connected()
             near.publish("t", b"once", 2)
@@ -483,14 +484,14 @@ def test_message_is_delivered_once_when_its_pubrec_is_lost():
             assert near.connected()[0]
             near.publish("t", b"last", 2)
         assert [far.payload(), far.payload()] == [b"once", b"last"]
-        assert proxy.counters()[UP, proxies.PUBLISH] == 3
+        assert proxy.counters()[UP, PUBLISH] == 3
 
 
 def test_packet_cut_after_it_reaches_the_broker():
     with Mosquitto() as broker, Proxy(broker.port) as proxy, device("far", broker.port) as far:
         far.connected()
         far.subscribe("t", 0)
-        cut = proxy.cut_at_packet(UP, proxies.PUBLISH, when="after")
+        cut = proxy.cut_at_packet(UP, PUBLISH, when="after")
         with device("near", proxy.port) as near:
             near.connected()
             near.client.publish("t", b"x", 0)

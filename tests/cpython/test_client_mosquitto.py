@@ -10,12 +10,12 @@ import random
 import threading
 
 import paho.mqtt.client as paho
-import proxy as proxies
 from brokers import Mosquitto
 from fakebroker import turns
 from mqtt_durable.client import Client
 from mqtt_durable.errors import ConnectRefused, JournalUnavailable
 from norsim import Nor, PowerCut
+from packet_types import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL
 from proxy import DOWN, UP, Proxy
 
 PATIENCE_S = 60
@@ -96,20 +96,20 @@ def without_doubles(payloads):
 # Cuts of the link at named packets: before it, so that it is lost, and after it, so that its answer is.
 
 OUTBOUND = (
-    (1, UP, proxies.PUBLISH),
-    (1, DOWN, proxies.PUBACK),
-    (2, UP, proxies.PUBLISH),
-    (2, DOWN, proxies.PUBREC),
-    (2, UP, proxies.PUBREL),
-    (2, DOWN, proxies.PUBCOMP),
+    (1, UP, PUBLISH),
+    (1, DOWN, PUBACK),
+    (2, UP, PUBLISH),
+    (2, DOWN, PUBREC),
+    (2, UP, PUBREL),
+    (2, DOWN, PUBCOMP),
 )
 INBOUND = (
-    (1, DOWN, proxies.PUBLISH),
-    (1, UP, proxies.PUBACK),
-    (2, DOWN, proxies.PUBLISH),
-    (2, UP, proxies.PUBREC),
-    (2, DOWN, proxies.PUBREL),
-    (2, UP, proxies.PUBCOMP),
+    (1, DOWN, PUBLISH),
+    (1, UP, PUBACK),
+    (2, DOWN, PUBLISH),
+    (2, UP, PUBREC),
+    (2, DOWN, PUBREL),
+    (2, UP, PUBCOMP),
 )
 
 

@@ -1,0 +1,10 @@
+"""The packet types of MQTT 3.1.1 section 2.2.1, for tools and tests; the library knows only those a client needs."""
+
+CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP = 1, 2, 3, 4, 5, 6, 7
+SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT = 8, 9, 10, 11, 12, 13, 14
+
+# By type; 0 and 15 are reserved.
+NAMES = (
+    "? CONNECT CONNACK PUBLISH PUBACK PUBREC PUBREL PUBCOMP SUBSCRIBE SUBACK UNSUBSCRIBE UNSUBACK PINGREQ PINGRESP "
+    "DISCONNECT ?"
+).split()
