@@ -7,20 +7,13 @@ from ledger import Ledger
 from mqtt_durable.errors import JournalFull, JournalUnavailable
 from mqtt_durable.journal import Journal
 from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng
+from raises import raises
 from skip import SkipTest
 
 _UNITS = (4, 16, 256)
 _ADD = 0x10
 # MicroPython takes several times as long: there the cuts are fewer, CPython does them all.
 _THOROUGH = sys.implementation.name != "micropython"
-
-
-def _raises(kind, function, *args):
-    try:
-        function(*args)
-    except kind as e:
-        return e
-    raise AssertionError("%s was not raised" % kind.__name__)
 
 
 def _flow(led, first, n, keep=10, size=72):
@@ -105,7 +98,7 @@ def test_a_torn_last_record_is_a_normal_boot():
         _flow(led, 0, 20)
         before = led.check()
         nor.cut_after(1, program="bytes", seed=3)
-        _raises(PowerCut, led.add, 20, 60)
+        raises(PowerCut, led.add, 20, 60)
         nor.power_on()
         again = Ledger(nor, unit)
         assert again.check() == before and again.journal.damaged == 0 and not again.journal.fresh
@@ -264,7 +257,7 @@ def test_full_programs_and_erases_nothing():
             pass
         assert nor.ops == ops
         expected = led.check()
-        _raises(JournalFull, led.add, led.count, 100, 1)
+        raises(JournalFull, led.add, led.count, 100, 1)
         assert nor.ops == ops and led.check() == expected == Ledger(nor, unit, window=0).check()
 
 
@@ -306,8 +299,8 @@ def test_a_body_too_large_is_a_value_error():
         led = Ledger(nor, unit)
         ops = nor.ops
         most = led.journal.max_body
-        _raises(ValueError, led.journal.append, _ADD, (bytes(most + 1),))
-        _raises(ValueError, led.journal.append, _ADD, (bytes(most), b"x"))
+        raises(ValueError, led.journal.append, _ADD, (bytes(most + 1),))
+        raises(ValueError, led.journal.append, _ADD, (bytes(most), b"x"))
         assert nor.ops == ops and most >= 3000
 
 
@@ -358,7 +351,7 @@ def test_after_a_device_error_nothing_is_appended_until_it_is_mounted_again():
         # Reading what is to be carried failed before anything was programmed: nothing has happened.
         if not led.journal.usable:
             ops = nor.ops
-            _raises(JournalUnavailable, led.add, 100, 5)
+            raises(JournalUnavailable, led.add, 100, 5)
             led.journal.close()
             led.journal.idle()
             assert nor.ops == ops
@@ -383,7 +376,7 @@ def test_a_mount_that_fails_leaves_it_unusable():
         except OSError:
             failed += 1
             assert not led.journal.usable
-            _raises(JournalUnavailable, led.journal.append, _ADD, (b"x",))
+            raises(JournalUnavailable, led.journal.append, _ADD, (b"x",))
     nor.fail_in = 0
     assert failed > 20 and led.check() == expected
 
@@ -398,8 +391,8 @@ def test_an_exception_in_the_middle_of_an_append_leaves_it_unusable():
     nor = Nor(16384)
     led = Ledger(nor)
     led.add(0, 30)
-    _raises(Exception, led.journal.append, _ADD, (b"1234", Broken()))
-    _raises(JournalUnavailable, led.add, 1, 30)
+    raises(Exception, led.journal.append, _ADD, (b"1234", Broken()))
+    raises(JournalUnavailable, led.add, 1, 30)
     led.mount()
     led.add(1, 30)
     assert led.check() == Ledger(nor).check() == {0: 30, 1: 30}
@@ -431,12 +424,12 @@ def test_odd_devices():
         def ioctl(self, op, arg=0):
             return 512 if op == 5 else super().ioctl(op, arg)
 
-    _raises(JournalUnavailable, Journal, Small(16384))
-    _raises(JournalUnavailable, Journal, Nor(12288))
-    _raises(ValueError, Journal, Nor(16384), 8)
-    _raises(ValueError, Journal, Nor(16384), 4, 10000)
-    _raises(ValueError, Journal, Nor(16384), 4, 8192)
-    _raises(ValueError, Journal, Nor(16384), 4, 20480)
+    raises(JournalUnavailable, Journal, Small(16384))
+    raises(JournalUnavailable, Journal, Nor(12288))
+    raises(ValueError, Journal, Nor(16384), 8)
+    raises(ValueError, Journal, Nor(16384), 4, 10000)
+    raises(ValueError, Journal, Nor(16384), 4, 8192)
+    raises(ValueError, Journal, Nor(16384), 4, 20480)
     for sectors in (4, 5, 13):
         nor = Nor(14 * 4096)
         led = Ledger(nor, 4, sectors * 4096)
@@ -533,7 +526,7 @@ def test_no_stale_record_returns_after_an_interrupted_erase():
                 chip = base.copy(0)
                 led = Ledger(chip)
                 chip.cut_after(2, "all", erase, seed, weak)
-                _raises(PowerCut, led.add, number, 300)
+                raises(PowerCut, led.add, number, 300)
                 assert sum(chip.erases) == 1
                 chip.power_on()
                 again = Ledger(chip)
@@ -745,7 +738,7 @@ def test_a_broken_promise_is_reported_with_the_id_that_replays_it():
                 run(4, seed)
             except Mismatch as e:
                 assert str(e).startswith("journal_fuzz 4:%d: " % seed)
-                assert str(_raises(Mismatch, run, 4, seed)) == str(e)
+                assert str(raises(Mismatch, run, 4, seed)) == str(e)
                 return
         raise AssertionError("a journal that does not clear torn bytes was not found out")
     finally:

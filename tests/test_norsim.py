@@ -5,17 +5,10 @@ import sys
 from binascii import crc32
 
 from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng, read_counters
+from raises import raises
 
 _SIZE = 16384
 _PATH = "test_norsim.%s.tmp" % sys.implementation.name  # both interpreters may run at once
-
-
-def _raises(kind, function, *args):
-    try:
-        function(*args)
-    except kind as e:
-        return e
-    raise AssertionError("%s was not raised" % kind.__name__)
 
 
 def _read(nor, n, length, off=0):
@@ -26,7 +19,7 @@ def _read(nor, n, length, off=0):
 
 def _cut(nor, function, *args, **plan):
     nor.cut_after(1, **plan)
-    _raises(PowerCut, function, *args)
+    raises(PowerCut, function, *args)
     nor.power_on()
 
 
@@ -103,7 +96,7 @@ def test_misaligned_and_out_of_range_access_is_refused_and_changes_nothing():
             (nor.ioctl, 6, -1),
         )
         for case in cases:
-            assert _raises(OSError, *case).errno == 22
+            assert raises(OSError, *case).errno == 22
         assert bytes(nor.mem) == b"\xff" * _SIZE
         assert nor.ops == 0 and nor.reads == 0 and list(nor.erases) == [0, 0, 0, 0]
 
@@ -130,10 +123,10 @@ def test_after_a_cut_nothing_answers_until_power_is_back():
     nor = Nor(_SIZE)
     nor.cut_after(2, program="none")
     nor.writeblocks(0, b"abcd", 0)
-    _raises(PowerCut, nor.writeblocks, 0, b"efgh", 4)
-    _raises(PowerCut, nor.readblocks, 0, bytearray(4))
-    _raises(PowerCut, nor.writeblocks, 0, b"efgh", 4)
-    _raises(PowerCut, nor.ioctl, 6, 0)
+    raises(PowerCut, nor.writeblocks, 0, b"efgh", 4)
+    raises(PowerCut, nor.readblocks, 0, bytearray(4))
+    raises(PowerCut, nor.writeblocks, 0, b"efgh", 4)
+    raises(PowerCut, nor.ioctl, 6, 0)
     nor.power_on()
     assert _read(nor, 0, 8) == b"abcd\xff\xff\xff\xff"
     nor.writeblocks(0, b"efgh", 4)
@@ -206,12 +199,12 @@ def test_half_done_erases():
 def test_modes_go_by_name_or_index_and_a_wrong_one_is_refused():
     nor = Nor(_SIZE)
     nor.cut_after(1, program=MODES_PROGRAM.index("all"), erase=0)
-    _raises(PowerCut, nor.writeblocks, 0, b"abcd", 0)
+    raises(PowerCut, nor.writeblocks, 0, b"abcd", 0)
     nor.power_on()
     assert _read(nor, 0, 4) == b"abcd"
-    _raises(ValueError, nor.cut_after, 1, "half")
-    _raises(ValueError, nor.cut_after, 1, "all", len(MODES_ERASE))
-    _raises(ValueError, nor.kill_after, 1)
+    raises(ValueError, nor.cut_after, 1, "half")
+    raises(ValueError, nor.cut_after, 1, "all", len(MODES_ERASE))
+    raises(ValueError, nor.kill_after, 1)
 
 
 def test_weak_cells_read_differently_and_only_where_bits_were_being_cleared():
@@ -344,16 +337,16 @@ def test_a_file_of_another_geometry_is_refused():
     _remove()
     try:
         Nor(_SIZE, path=_PATH).close()
-        _raises(ValueError, lambda: Nor(2 * _SIZE, path=_PATH))
-        _raises(ValueError, lambda: Nor(_SIZE, 256, path=_PATH))
+        raises(ValueError, lambda: Nor(2 * _SIZE, path=_PATH))
+        raises(ValueError, lambda: Nor(_SIZE, 256, path=_PATH))
         with open(_PATH, "wb") as f:
             f.write(b"\xff" * _SIZE)
-        _raises(ValueError, lambda: Nor(_SIZE, path=_PATH))
+        raises(ValueError, lambda: Nor(_SIZE, path=_PATH))
     finally:
         _remove()
 
 
 def test_a_size_of_no_whole_sectors_is_refused():
-    _raises(ValueError, Nor, 5000)
-    _raises(ValueError, Nor, 0)
-    _raises(ValueError, Nor, _SIZE, 24)
+    raises(ValueError, Nor, 5000)
+    raises(ValueError, Nor, 0)
+    raises(ValueError, Nor, _SIZE, 24)

@@ -6,14 +6,7 @@ import micropython
 import mqtt_durable.packet as packet
 from mqtt_durable.errors import ProtocolError
 from mqtt_durable.packet import CONNACK, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK, UNSUBACK, Decoder
-
-
-def _raises(kind, function, *args):
-    try:
-        function(*args)
-    except kind as e:
-        return e
-    raise AssertionError("%s was not raised for %r" % (kind.__name__, args))
+from raises import raises
 
 
 def _feed(decoder, data):
@@ -111,7 +104,7 @@ def test_connect_refuses_what_the_broker_would():
         ("a", True, 0, None, None, ("", b"", 1, False)),
         ("a", True, 0, None, None, ("w", b"m" * 65536, 1, False)),
     ):
-        _raises(ValueError, packet.encode_connect, *args)
+        raises(ValueError, packet.encode_connect, *args)
 
 
 def test_publish_at_qos_0_has_no_packet_identifier():
@@ -163,8 +156,8 @@ _WELL_FORMED = (
 
 def test_text_is_the_utf_8_of_mqtt_on_every_interpreter():
     for data in _ILL_FORMED:
-        _raises(ValueError, packet.utf8, data)
-        _raises(ValueError, packet.utf8, memoryview(data))
+        raises(ValueError, packet.utf8, data)
+        raises(ValueError, packet.utf8, memoryview(data))
     for data in _WELL_FORMED:
         assert packet.utf8(data).encode() == data
         assert packet.utf8(memoryview(data)).encode() == data
@@ -175,14 +168,14 @@ def test_topic_names_and_filters_are_checked():
         assert packet.check_topic(good) == good.encode() == packet.check_topic(good.encode())
         assert packet.check_filter(good) == good.encode()
     for bad in ("", "a\0", b"\xff", "a" * 65536):
-        _raises(ValueError, packet.check_topic, bad)
-        _raises(ValueError, packet.check_filter, bad)
+        raises(ValueError, packet.check_topic, bad)
+        raises(ValueError, packet.check_filter, bad)
     for wild in ("#", "+", "a/#", "a/+/b", "+/+", "/+", "+/"):
-        _raises(ValueError, packet.check_topic, wild)
+        raises(ValueError, packet.check_topic, wild)
         assert packet.check_filter(wild) == wild.encode()
     for wild in ("a#", "#/a", "a/#/b", "a+", "+a", "a/b+/c", "##", "++"):
-        _raises(ValueError, packet.check_topic, wild)
-        _raises(ValueError, packet.check_filter, wild)
+        raises(ValueError, packet.check_topic, wild)
+        raises(ValueError, packet.check_filter, wild)
 
 
 def test_filters_match_as_section_4_7_says():
@@ -350,9 +343,9 @@ def test_the_limit_is_checked_before_anything_is_allocated():
     decoder = Decoder(64, 4096)
     assert _feed(decoder, b"\x30\xff\xff\xff\x7f\x00\x01txx") == [(PUBLISH, 0, 0, "t", None)]
     assert len(decoder.space()) <= 64
-    _raises(ProtocolError, _feed, Decoder(64, 4096), b"\x90\xff\xff\xff\x7f")
+    raises(ProtocolError, _feed, Decoder(64, 4096), b"\x90\xff\xff\xff\x7f")
     # A topic name that fits no buffer cannot be told to the program.
-    _raises(ProtocolError, _feed, Decoder(64, 128), b"\x30\xff\xff\xff\x7f\xff\xffttt")
+    raises(ProtocolError, _feed, Decoder(64, 128), b"\x30\xff\xff\xff\x7f\xff\xffttt")
 
 
 def test_reset_forgets_half_a_packet_of_the_last_connection():

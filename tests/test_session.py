@@ -14,16 +14,9 @@ from mqtt_durable.session import (
     TRANSITIONS,
     Session,
 )
+from raises import raises
 
 _WHERE = 77 << 2
-
-
-def _raises(kind, function, *args):
-    try:
-        function(*args)
-    except kind as e:
-        return e
-    raise AssertionError("%s was not raised for %r" % (kind.__name__, args))
 
 
 def _session(state=0, packet_id=5):
@@ -70,7 +63,7 @@ def test_every_illegal_transition_is_a_protocol_error_and_changes_nothing():
             if (state, packet) in legal:
                 continue
             session = _session(state)
-            _raises(ProtocolError, session.acknowledged, packet, 5)
+            raises(ProtocolError, session.acknowledged, packet, 5)
             assert _state(session) == state
 
 
@@ -185,7 +178,7 @@ def test_a_broker_may_have_256_unfinished_messages_with_us():
         assert session.incoming(2, packet_id) == 0
         if packet_id & 1:
             session.handled(2, packet_id, session.epoch)
-    _raises(ProtocolError, session.incoming, 2, 300)
+    raises(ProtocolError, session.incoming, 2, 300)
     assert session.incoming(2, 1) == PUBREC and session.incoming(2, 2) == -1  # known ones still pass
 
 

@@ -9,16 +9,9 @@ from mqtt_durable.journal import Journal
 from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC, PUBREL
 from mqtt_durable.store import Store, identity
 from norsim import Nor, PowerCut
+from raises import raises
 
 _UNITS = (4, 16, 256)
-
-
-def _raises(kind, function, *args):
-    try:
-        function(*args)
-    except kind as e:
-        return e
-    raise AssertionError("%s was not raised for %r" % (kind.__name__, args))
 
 
 def _open(nor, in_flight=4, when_full="raise", finished=None):
@@ -128,8 +121,8 @@ def test_bad_arguments_are_refused_and_change_nothing():
     nor, store = _begin()
     ops = nor.ops
     for topic in ("", "a/#", "+", "a\0", b"\xff"):
-        _raises(ValueError, store.publish, topic, b"", 1)
-    _raises(ValueError, store.publish, "t", b"x" * 4096, 1)
+        raises(ValueError, store.publish, topic, b"", 1)
+    raises(ValueError, store.publish, "t", b"x" * 4096, 1)
     assert nor.ops == ops and not store.waiting and store.stored == 0
     assert store.publish("t", b"", 1) == 1
 
@@ -138,9 +131,9 @@ def test_the_largest_message_is_the_one_named_by_the_error():
     for unit in _UNITS:
         for mark in (None, 5):
             nor, store = _begin(unit)
-            error = _raises(ValueError, store.publish, "t", b"x" * 4096, 1, False, mark)
+            error = raises(ValueError, store.publish, "t", b"x" * 4096, 1, False, mark)
             most = int(str(error).split()[-1])
-            _raises(ValueError, store.publish, "t", b"x" * most, 1, False, mark)
+            raises(ValueError, store.publish, "t", b"x" * most, 1, False, mark)
             _publish(store, 3)
             for packet_id in [entry[1] for entry in _sent(store)]:
                 store.on_ack(PUBACK, packet_id)  # their DONEs must not make it too large
@@ -155,7 +148,7 @@ def test_pubrel_goes_out_only_after_its_record():
         _bytes(store)
         store.on_ack(PUBREC, 1)
         nor.cut_after(1, "none")
-        _raises(PowerCut, _bytes, store)  # not a byte before the record
+        raises(PowerCut, _bytes, store)  # not a byte before the record
         nor.power_on()
         store = _reopen(nor)
         assert _sent(store) == [(0x3C, 1, b"a")]
@@ -268,7 +261,7 @@ def test_pubrec_goes_out_only_after_its_record():
         nor, store = _begin(unit)
         _receive(store, 9)
         nor.cut_after(1, "none")
-        _raises(PowerCut, _bytes, store)
+        raises(PowerCut, _bytes, store)
         nor.power_on()
         store = _reopen(nor)
         _receive(store, 9)  # again: neither side had agreed
@@ -285,7 +278,7 @@ def test_pubcomp_goes_out_only_after_its_record():
         _bytes(store)
         store.on_ack(PUBREL, 9)
         nor.cut_after(1, "none")
-        _raises(PowerCut, _bytes, store)
+        raises(PowerCut, _bytes, store)
         nor.power_on()
         store = _reopen(nor)
         assert not store.on_publish(2, 9)
@@ -376,7 +369,7 @@ def test_an_acknowledgement_that_cannot_be_is_a_protocol_error_and_costs_nothing
     nor, store = _begin()
     _publish(store, 1, 2)
     _bytes(store)
-    _raises(ProtocolError, store.on_ack, PUBACK, 1)
+    raises(ProtocolError, store.on_ack, PUBACK, 1)
     assert [entry[:2] for entry in _sent(_reopen(nor))] == [(0x3C, 1)]
 
 
@@ -960,7 +953,7 @@ def test_a_failed_device_leaves_what_is_stored_and_open_takes_it_up_again():
         raise OSError(5)
 
     nor.writeblocks = fails
-    _raises(OSError, store.publish, "t", b"c", 1)
+    raises(OSError, store.publish, "t", b"c", 1)
     assert store.waiting == 2
     nor.writeblocks = whole
     store.open()
