@@ -6,6 +6,8 @@ from journal_fuzz import Chip, Mismatch, run, run_seeds
 from ledger import Ledger
 from mqtt_durable.errors import JournalFull, JournalUnavailable
 from mqtt_durable.journal import Journal
+from mqtt_durable.packet import PUBACK
+from mqtt_durable.store import Store
 from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng
 from raises import raises
 from skip import SkipTest
@@ -26,6 +28,11 @@ def _flow(led, first, n, keep=10, size=72):
 
 def _spread(nor):
     return max(nor.erases) - min(nor.erases)
+
+
+def _readable(led):
+    """The entries that read back; damaged ones are known, and fail only then."""
+    return [number for number in led.where if led.journal.load(led.where[number])]
 
 
 def _same(led, other):
@@ -108,19 +115,33 @@ def test_bit_rot_is_skipped_and_counted():
     for unit in _UNITS:
         nor = Nor(65536, unit)
         led = Ledger(nor, unit)
-        for number in range(30):
+        for number in range(12):  # all in the newest sector
             led.add(number, 72)
         expected = led.check()
-        for number in (3, 17):  # one in its body, one in its header
+        for number in (3, 7):  # one in its body, one in its header
             pos = led.where[number]
             nor.mem[pos + (20 if number == 3 else 2)] ^= 0x40
             del expected[number]
         again = Ledger(nor, unit)
         assert again.check() == expected and again.journal.damaged == 2
-        again.add(30, 72)
+        again.add(12, 72)
         again.journal.close()
-        expected[30] = 72
+        expected[12] = 72
         assert Ledger(nor, unit).check() == expected
+
+
+def test_bit_rot_in_an_older_sector_shows_when_the_record_is_read():
+    for unit in _UNITS:
+        nor = Nor(65536, unit)
+        led = Ledger(nor, unit)
+        for number in range(60):
+            led.add(number, 72)
+        nor.mem[led.where[2] + 20] ^= 0x40
+        again = Ledger(nor, unit)
+        assert led.where[2] >> 12 != again.journal.head and again.journal.damaged == 0
+        expected = sorted(again.where)
+        expected.remove(2)
+        assert sorted(_readable(again)) == expected == [n for n in range(60) if n != 2]
 
 
 def test_a_damaged_tail_loses_nothing_but_its_own_snapshot():
@@ -128,10 +149,7 @@ def test_a_damaged_tail_loses_nothing_but_its_own_snapshot():
     led = Ledger(nor)
     _flow(led, 0, 300)
     expected = led.check()
-    head = led.journal.head << 12
-    at = head + bytes(nor.mem[head : head + 4096]).find(b"\x60\xc9\x0c\x00")
-    assert at > head
-    nor.mem[at + 6] ^= 1
+    nor.mem[led.journal._tail_at + 6] ^= 1
     again = Ledger(nor)
     assert again.check() == expected and again.journal.damaged == 1
 
@@ -144,7 +162,7 @@ def test_a_damaged_header_costs_one_sector_only():
     lost = [n for n in led.where if led.where[n] >> 12 == 1]
     nor.mem[4096 + 5] ^= 1
     again = Ledger(nor)
-    assert sorted(again.where) == [n for n in range(100) if n not in lost] and lost
+    assert sorted(_readable(again)) == [n for n in range(100) if n not in lost] and lost
 
 
 def test_nothing_on_flash_makes_a_mount_fail():
@@ -170,10 +188,9 @@ def test_nothing_on_flash_makes_a_mount_fail():
                     at = sector * 4096
                     nor.mem[at + unit : at + 4096] = rng.bytes(4096 - unit)
             again = Ledger(nor, unit)
-            again.check()
             again.add(5000, 300)
-            expected = again.check()
-            assert Ledger(nor, unit).check() == expected and 5000 in expected
+            expected = sorted(_readable(again))
+            assert sorted(_readable(Ledger(nor, unit))) == expected and 5000 in expected
 
 
 def test_laps_and_what_is_carried():
@@ -290,7 +307,7 @@ def test_a_full_journal_holds_half_of_its_flash_at_least():
                 led.add(led.count, 72, 1)
         except JournalFull:
             pass
-        assert len(led.where) * 72 > 16384
+        assert led.count * 72 > 16384
 
 
 def test_a_body_too_large_is_a_value_error():
@@ -359,7 +376,8 @@ def test_after_a_device_error_nothing_is_appended_until_it_is_mounted_again():
         got = led.check()
         assert got == before
         led.add(led.count, 50)
-        assert Ledger(nor).check() == led.check()
+        expected = led.check()
+        assert Ledger(nor).check() == expected
 
 
 def test_a_mount_that_fails_leaves_it_unusable():
@@ -597,7 +615,7 @@ class _Base:
             led.remove(first + 4)
             did()
             led.journal.close()
-            led.remove(n)
+            led.remove(n if self.window is None else first + 5)
             did()
             led.journal.idle()
         except PowerCut:
@@ -751,11 +769,17 @@ def test_a_broken_promise_is_reported_with_the_id_that_replays_it():
 def example():
     """The small real journal of FORMAT.md: the first bytes of its sector."""
     nor = Nor(16384)
-    led = Ledger(nor)
-    led.add(7, 5)
-    led.remove(7)
-    led.journal.close()
-    return bytes(nor.mem[: 0x60])
+    store = Store(Journal(nor, urandom=lambda n: b"\x5a" * n))
+    store.open()
+    store.connected(False, 0x01020304)
+    store.publish("door/1", b"open", 1, mark=9)
+    store.publish("door/1", b"shut", 1)
+    store.fill(memoryview(bytearray(64)), 0)
+    store.on_ack(PUBACK, 1)
+    store.publish("door/1", b"open", 2)
+    store.on_ack(PUBACK, 2)
+    store.close()
+    return bytes(nor.mem[:0xF0])
 
 
 def test_the_bytes_in_format_md_are_those_the_code_makes():

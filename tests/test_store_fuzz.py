@@ -69,13 +69,13 @@ class Run:
         store = self.store
         session = store.session
         order = [(packet_id, session.out[packet_id]) for packet_id in reversed(session.order())]
-        saved = store._cursor, store._taken, store.queued
+        saved = store._cursor, store._taken
         while store.queued:
             pos = store._find()
             if pos < 0:
                 self.fail("a queued message cannot be found")
             order.append((store._taken, pos << 2))
-        store._cursor, store._taken, store.queued = saved
+        store._cursor, store._taken = saved
         found = []
         for packet_id, where in order:
             if where & 3 == REL:

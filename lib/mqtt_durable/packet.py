@@ -128,6 +128,22 @@ def put_fixed_header(buf, off, first, remaining_length):
     return off + 1
 
 
+def put_publish_head(buf, off, first, topic_name, packet_id, payload_size):
+    """Write a QoS 1 or 2 PUBLISH up to its payload of payload_size bytes, which the caller sends next; return the next
+    offset.  first: its first byte.  topic_name: checked UTF-8 bytes; 6-9 bytes more than that.  MQTT 3.1.1 section 3.3.
+    """
+    n = len(topic_name)
+    off = put_fixed_header(buf, off, first, n + 4 + payload_size)
+    buf[off] = n >> 8
+    buf[off + 1] = n & 255
+    off += 2
+    buf[off : off + n] = topic_name
+    off += n
+    buf[off] = packet_id >> 8
+    buf[off + 1] = packet_id & 255
+    return off + 2
+
+
 def put_ack(buf, off, packet_type, packet_id):
     """Write a PUBACK, PUBREC, PUBREL or PUBCOMP, 4 bytes; return the next offset.  Sections 3.4-3.7."""
     buf[off] = packet_type << 4 | (2 if packet_type == PUBREL else 0)  # [MQTT-3.6.1-1]

@@ -40,7 +40,8 @@ TRANSITIONS = {
     PUB2 << 4 | PUBCOMP: PUB2 << 8,
 }
 
-_IDS = const(65535)
+_IDS = const(65023)  # packet identifiers of messages: 1 to this, one after the other; those above are for requests
+_REQUESTS = const(512)
 _AHEAD = const(1024)  # identifiers always free ahead of the newest, so that old and new are never mistaken
 _MOST_INBOUND = const(256)  # unfinished messages a broker may have with us
 
@@ -54,9 +55,9 @@ class Session:
 
     def clear(self):
         """Forget everything, as on a device that has never been used."""
-        self.newest = 0  # packet identifier given out last
+        self.newest = _IDS  # packet identifier given out last; the first is 1
         self.out = {}  # packet identifier -> where << 2 | state, of messages in the window
-        self.held = {}  # inbound QoS 2: packet identifier -> where, until PUBREL
+        self.held = set()  # inbound QoS 2: packet identifiers, until PUBREL
         self.busy = set()  # inbound: delivered, the handler has not returned
         self._unasked = set()  # of these, what the broker has not sent on this connection: no answer is due
         self.requests = set()  # identifiers of SUBSCRIBE and UNSUBSCRIBE under way: the same space
@@ -64,32 +65,33 @@ class Session:
         self.unknown = 0  # acknowledgements of nothing
 
     def new_id(self):
-        """Return the next free packet identifier, 1-65535 [MQTT-2.3.1-1, -2]; the caller then makes it .newest.
+        """Return the next packet identifier [MQTT-2.3.1-1, -2]; the caller then makes it .newest.
 
         Raises JournalFull when an unacknowledged message is nearly a whole round of identifiers old.
         """
-        packet_id = self.newest
-        while True:
-            packet_id = packet_id % _IDS + 1
-            if not packet_id & 511:
-                for old in self.out:
-                    if 0 < self.ahead(old, packet_id) < _AHEAD:
-                        raise JournalFull("no free packet identifier: message %d was never acknowledged" % old)
-            if packet_id not in self.requests and packet_id not in self.out:
-                return packet_id
+        packet_id = self.newest % _IDS + 1
+        if not packet_id & 511:
+            for old in self.out:
+                if 0 < self.ahead(old, packet_id) < _AHEAD:
+                    raise JournalFull("no free packet identifier: message %d was never acknowledged" % old)
+        return packet_id
 
     def request_id(self):
-        """Return a free packet identifier for a SUBSCRIBE or UNSUBSCRIBE; it stays taken while in .requests."""
-        packet_id = self.newest
-        while True:
-            packet_id = packet_id % _IDS + 1
-            if packet_id not in self.requests and packet_id not in self.out:
+        """Return a free packet identifier for a SUBSCRIBE or UNSUBSCRIBE, which stays taken while in .requests; 0 if
+        512 are under way."""
+        for packet_id in range(_IDS + 1, _IDS + 1 + _REQUESTS):
+            if packet_id not in self.requests:
                 self.requests.add(packet_id)
                 return packet_id
+        return 0
 
     def ahead(self, packet_id, other):
-        """How many identifiers packet_id is ahead of other, 0-65534."""
+        """How many identifiers packet_id is ahead of other, 0-65022."""
         return (packet_id - other) % _IDS
+
+    def back(self, packet_id, n):
+        """The identifier n before packet_id."""
+        return (packet_id - n - 1) % _IDS + 1
 
     def is_new(self, packet_id):
         """Whether packet_id was given out after the newest known here, when events are replayed."""
@@ -114,7 +116,7 @@ class Session:
             raise ProtocolError("packet type %d for message %d in state %d" % (packet, packet_id, state))
         if packet == PUBREL:
             if state:
-                del self.held[packet_id]
+                self.held.discard(packet_id)
         elif rule >> 4 & 15 == DONE:
             del self.out[packet_id]
         elif rule >> 8 == REL:
@@ -146,7 +148,7 @@ class Session:
         self._unasked.discard(packet_id)
         if qos == 1:
             return PUBACK if due else 0
-        self.held[packet_id] = -1
+        self.held.add(packet_id)
         return RECEIVED << 4 | (PUBREC if due else 0)
 
     def disconnected(self):

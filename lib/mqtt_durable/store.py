@@ -1,38 +1,39 @@
-"""Session facts <-> journal records, and their replay after a reboot.  FORMAT.md has the bytes.
+"""Session facts -> journal records: a message is stored from publish() until it is acknowledged.
 
-Owns the queue: a message is a record from publish() until it is acknowledged, in RAM only its place while it is in
-the in-flight window; what waits behind the window stays on flash, found by one cursor.  Knows no socket and no clock.
+In RAM it has only its place, while it is in the in-flight window; what waits behind the window stays on flash, found by
+one cursor.  Knows no socket and no clock.  The records' layout, and how all this is found again, is recall.py's.
 
 Order that crash safety needs: PUBLISH is recorded before publish() returns, RELEASED before PUBREL goes out, RECEIVED
-before PUBREC, INDONE before PUBCOMP.  DONE is lazy: it rides with the next record, at most 16 of them wait.
+before PUBREC, INDONE before PUBCOMP.  DONE is lazy: each message says up to which one all are finished, and the rest
+rides with the next record; at most 16 are missing after a cut.
 """
 
 from binascii import crc32
-from struct import pack, unpack_from
+from struct import pack, pack_into
 
 from micropython import const
 
-from .errors import JournalCorrupt, JournalFull
-from .packet import PUBREL, check_topic, put_ack, put_fixed_header, remaining_length_size
-from .session import DONE, INDONE, RECEIVED, REL, RELEASED, Session
+from .errors import JournalFull
+from .packet import PUBREL, check_topic, put_ack, put_publish_head
+from .recall import ASKED, DROPPED, TOLD, UPTO, Recall
+from .session import DONE, RECEIVED, REL
 
-# Kinds of records.  The two low nibbles are the record's own.
-_PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: DONE entries, mark, then wire bytes from the topic on
-_SUB = const(0x20)  # | requested QoS << 2 | granted QoS: a topic filter the broker has acknowledged
-_FACTS = const(0x30)  # entries
-_SYNC = const(0x31)  # all identifiers that are live up to here
-_UNSUB = const(0x32)  # a topic filter that is no longer subscribed
-_SESSION = const(0x33)  # identity u32, received u16: a new session at the broker begins
+_PUB = const(0x10)
+_SUB = const(0x20)
+_FACTS = const(0x30)
+_UNSUB = const(0x32)
+_SESSION = const(0x33)
 
-# Entries beside those of session: of no one message.
-_DROPPED = const(5)  # all messages up to this packet identifier that come after the second one
-_ASKED = const(6)  # CONNECT goes out
-_TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
-_ENTRY = const(3)  # type u8, packet identifier u16; RECEIVED: and the count of messages received; _DROPPED: see above
 _PENDING = const(48)
+_LONGEST = const(9)  # bytes of the longest entry
+_LAZY = const(16)
 _ANSWERS = const(256)
-_MOST_QUEUED = const(60000)  # of 65535 packet identifiers
-_FORMAT = "<IBqHH"  # identity, 1: has a mark | 2: asked, mark, newest packet identifier, received
+_MOST_QUEUED = const(60000)  # of 65023 packet identifiers
+_SUBS = const(32)
+_TOPICS = const(8)  # of which it is known where they stand in the newest sector
+_GRACE_BYTES = const(2048)  # payloads that wait in RAM, see settle()
+_UNSAID = const(63)
+_NOWHERE = const(0xFFFFFFFF)
 _LEAP = const(16)  # more than messages can be handled and not yet recorded
 
 
@@ -41,52 +42,65 @@ def identity(client_id, host, port):
     return crc32(("%s\n%s\n%d" % (client_id, host, port)).encode()) or 1
 
 
-class Store:
+class Store(Recall):
     """journal: not yet mounted.  in_flight: 1-64, of which at most 4 per sector are used.  when_full: "raise", "wait"
     (same here: the client waits) or "drop_oldest".
 
     finished: called with (packet_id, True) when the broker has the message, (packet_id, False) when it was dropped.
+    grace: QoS 1 messages published while connected stay in RAM until settle(): see there.
     """
 
-    def __init__(self, journal, in_flight=16, when_full="raise", finished=None):
-        self.journal = journal
-        in_flight = min(in_flight, 4 * journal.sectors)  # a small ring has no room to carry a large window over
-        self.session = Session(in_flight)
+    def __init__(self, journal, in_flight=16, when_full="raise", finished=None, grace=False):
+        # A small ring has no room to carry a large window over.
+        super().__init__(journal, min(in_flight, 4 * journal.sectors))
         self._drops = when_full == "drop_oldest"
         self._finished = finished
-        self._most = in_flight + _PENDING // _ENTRY  # in the window when replayed: lazy DONEs may be missing
+        self._grace = grace
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
-        self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.lost = self.duplicates = 0
+        self._topics = {}  # topic name -> reference in the sector of that seq
+        self._topics_seq = 0
+        self._sent_at = -1  # where the topic sent last stands
+        self._sent_seq = 0
+        self._sent_topic = b""
+        self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.duplicates = 0
+        self.spared = 0  # messages that were acknowledged before they had to be stored
         self._forget()
 
     def _forget(self):
-        self.session.clear()
-        self.subscriptions = {}  # topic filter -> position << 4 | requested QoS << 2 | granted QoS
-        self.mark = None
-        self.identity = 0
-        self.received = 0  # QoS 2 messages received, modulo 65536
-        self._counted = 0  # of these, recorded as received: all that a snapshot may say
-        self.queued = 0  # messages behind the window
-        self._cursor = -1  # where to look for the first of them
-        self._taken = 0  # packet identifier taken from there last
-        self._begun = False  # replay has come to the first snapshot
-        self._asked = False  # CONNECT has gone out, no CONNACK has come
-        self._doubt = False  # and so it was before that CONNECT
+        self.restore(b"")
         self._used = 0  # bytes of _pending
         self._urgent = False  # an answer waits for _pending
+        self._late = 0  # messages finished, and no record says so
+        self._said = 0  # how far the last record said that all are finished
+        self._doubt = False  # CONNECT had gone out and no CONNACK come, before this CONNECT
+        self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
+        self._held_bytes = 0
+        self._topics_seq = 0
         self.disconnected()
 
     def open(self):
         """Mount the journal and take up what it holds.  OSError only from the device."""
         self._forget()
-        self.journal.mount(self)
-        # These may have been sent before, so they will be sent with DUP: a window full, and what lost its lazy DONE.
-        while self.queued and len(self.session.out) < self._most and self._take():
-            pass
+        self._mounting = True
+        try:
+            self.journal.mount(self)
+            out = self.session.out
+            for packet_id in [p for p in out if self._is_queued(p)]:
+                self._take_to(packet_id)
+            for packet_id in [p for p in out if not out[p]]:
+                del out[packet_id]
+            # These may have been sent before, so they go out with DUP: a window full, and what lost its lazy DONE.
+            while self.queued and len(out) < self._most and self._take():
+                pass
+        finally:
+            self._mounting = False
+        self._look_for_oldest()
+        self._said = self._upto
 
     def close(self):
         """Record what is pending, then an orderly end.  Raises JournalFull, OSError; all but DONEs is safe already."""
+        self.settle()
         self.commit()
         self.journal.close()
 
@@ -98,12 +112,18 @@ class Store:
         topic_name: str or bytes.  payload: bytes-like.  mark: None or an integer of 64 bits, signed.
         Raises ValueError for a bad argument or a message that no sector can hold, JournalFull, OSError.
         """
-        topic_name = check_topic(topic_name)
         if self._urgent:
             self.commit()
         journal = self.journal
-        size = len(topic_name) + len(payload)
-        rest = 5 + (8 if mark is not None else 0)
+        topic = topic_name.encode() if isinstance(topic_name, str) else bytes(topic_name)
+        if self._topics_seq != journal.seq:
+            self._topics.clear()
+            self._topics_seq = journal.seq
+        ref = self._topics.get(topic, 0)
+        if not ref:
+            check_topic(topic)
+        rest = 6 if mark is None else 14
+        size = len(topic) + len(payload)
         if rest + size > journal.max_body:
             raise ValueError(
                 "topic and payload have %d bytes, the journal holds messages of at most %d"
@@ -111,29 +131,97 @@ class Store:
             )
         if self.queued >= _MOST_QUEUED:
             raise JournalFull("no free packet identifier: %d messages wait" % self.queued)
-        packet_id = self.session.new_id()
-        kind = _PUB | qos << 1 | (1 if retain else 0) | (8 if mark is not None else 0)
+        session = self.session
+        packet_id = session.new_id()
+        # At once into the window: it need not be looked for on flash.
+        at_once = self.online and self._taken == session.newest and len(session.out) < session.limit
+        if self._grace:
+            if at_once and qos == 1 and mark is None and self._held_bytes + size <= _GRACE_BYTES:
+                self._held[packet_id] = topic, bytes(payload), retain
+                self._held_bytes += size
+                session.out[packet_id] = 1
+            else:
+                self.settle()  # in order
+        if packet_id not in self._held:
+            pos = self._record(packet_id, topic, payload, qos, retain, mark, ref)
+            if at_once:
+                session.out[packet_id] = pos << 2 | qos
+            elif not self.queued:
+                self._cursor = pos
+            self.stored += 1
+        # Not before: a snapshot taken on the way must not count this message among those before it.
+        session.newest = packet_id
+        if at_once:
+            self._taken = packet_id
+            self._direct.append(packet_id)
+        if mark is not None:
+            self.mark = mark
+        return packet_id
+
+    def _record(self, packet_id, topic, payload, qos, retain, mark, ref):
+        """Program a PUB record, dropping others for it if need be; return its position."""
+        journal = self.journal
+        kind = _PUB | qos << 1 | (1 if retain else 0)
+        head = bytearray(4)
+        head[0] = packet_id & 255
+        head[1] = packet_id >> 8
+        if mark is not None:
+            kind |= 8
+            head += pack("<q", mark)
+        n = len(head) + len(payload)
+        reserve = self._reserve(n + 2 + len(topic))
         while True:
+            if ref and not journal.fits(n):
+                ref = 0  # the topic stands in a sector that will not be the newest
+            distance = self.session.ahead(packet_id, self._upto) - 1
+            if distance > _UNSAID:
+                distance = _UNSAID
+            head[2] = distance | (ref & 3) << 6
+            head[3] = ref >> 2
+            parts = (head, payload) if ref else (head, pack("<H", len(topic)), topic, payload)
             try:
-                if rest + size + self._used > journal.max_body:
-                    self.commit()
-                head = bytes((self._used,)) + self._pending[: self._used]
-                if mark is not None:
-                    head += pack("<q", mark)
-                parts = (head, pack(">H", len(topic_name)), topic_name, pack(">H", packet_id), payload)
-                pos = journal.append(kind, parts, self._reserve(rest + size))
+                pos = journal.append(kind, parts, reserve)
                 break
             except JournalFull:
                 if not self._drops or not self._drop():
                     raise
-        # Not before: a snapshot taken on the way must not count this message among those before it.
-        self.session.newest = packet_id
-        self._recorded(pos)
-        self._new(packet_id, pos, qos, 0)
-        self.stored += 1
-        if mark is not None:
-            self.mark = mark
-        return packet_id
+        if distance != _UNSAID:
+            self._said = self._upto
+            self._late = self._used // 3  # the entries are still to be recorded
+        if not ref:
+            if self._topics_seq != journal.seq:
+                self._topics.clear()
+                self._topics_seq = journal.seq
+            if len(self._topics) < _TOPICS:
+                self._topics[topic] = (pos & 0xFFF) >> 2
+        return pos
+
+    def settle(self):
+        """Record what waits in RAM for its grace to be over, oldest first.  Raises JournalFull, OSError."""
+        if not self._held:
+            return
+        session = self.session
+        for packet_id in reversed(session.order()):
+            held = self._held.get(packet_id)
+            if held is None:
+                continue
+            topic, payload, retain = held
+            if self._topics_seq != self.journal.seq:
+                self._topics.clear()
+                self._topics_seq = self.journal.seq
+            ref = self._topics.get(topic, 0)
+            session.out[packet_id] = self._record(packet_id, topic, payload, 1, retain, None, ref) << 2 | 1
+            self._drop_held(packet_id)
+            self.stored += 1
+
+    @property
+    def unsettled(self):
+        """How many messages wait in RAM."""
+        return len(self._held)
+
+    def _drop_held(self, packet_id):
+        topic, payload, _ = self._held.pop(packet_id)
+        self._held_bytes -= len(topic) + len(payload)
 
     def _reserve(self, size):
         """Sectors that a message with a body of size bytes must leave, so that a full journal can always be left again.
@@ -153,83 +241,23 @@ class Store:
         """How many messages wait for their end."""
         return self.queued + len(self.session.out)
 
-    def _is_queued(self, packet_id):
-        ahead = self.session.ahead
-        return self.queued and 0 < ahead(packet_id, self._taken) <= ahead(self.session.newest, self._taken)
-
-    def _new(self, packet_id, pos, qos, window):
-        """A message newer than all others is at pos.  window: take it in at once while there are fewer."""
-        if not self.queued:
-            if len(self.session.out) < window:
-                self.session.out[packet_id] = pos << 2 | qos
-                self._taken = packet_id
-                return
-            self._cursor = pos
-        self.queued += 1
-
-    def _find(self):
-        """Return the position of the first queued message, loaded, and make it the one taken last; -1 if none."""
-        journal = self.journal
-        pos = self._cursor
-        while self.queued and pos >= 0:
-            pos = journal.next(pos)
-            if pos < 0:
-                break
-            kind = journal.buf[0]
-            behind = journal.behind(pos)
-            if kind & 0xF0 == _PUB:
-                packet_id = self._packet_id(pos)
-                if self._is_queued(packet_id):
-                    self._taken = packet_id
-                    self._cursor = behind
-                    self.queued -= 1
-                    if behind < 0:  # whatever else was queued is not readable: the next to come is the first again
-                        self.lost += self.queued
-                        self.queued = 0
-                    return pos
-            pos = behind
-        self.lost += self.queued  # their records are no longer readable
-        self.queued = 0
-        return -1
-
-    def _take(self):
-        """Move the first queued message into the window; return its packet identifier, 0 if there is none."""
-        pos = self._find()
-        if pos < 0:
-            return 0
-        self.session.out[self._taken] = pos << 2 | self.journal.buf[0] >> 1 & 3
-        return self._taken
-
-    def _wire(self):
-        """Offset, in the PUB record just loaded, of the wire bytes."""
-        buf = self.journal.buf
-        return 5 + buf[4] + (buf[0] & 8)
-
-    def _packet_id(self, pos):
-        """The packet identifier in the PUB record just loaded from pos."""
-        buf = self.journal.buf
-        at = self._wire()
-        at += 2 + (buf[at] << 8 | buf[at + 1])
-        two = buf[at : at + 2]
-        if len(two) < 2:
-            two = bytearray(2)
-            self.journal.read(pos, at, two)
-        return two[0] << 8 | two[1]
-
     def _drop(self):
         """Drop the queued messages of the oldest sector that has any; False if there is none."""
         if not self.queued:
             return False
         self._ready()
+        journal = self.journal
         before = self._taken
-        seq = self.journal.seq_of(self._cursor)
-        while self.queued and self._cursor >= 0 and self.journal.seq_of(self._cursor) == seq:
+        seq = journal.seq_of(self._cursor)
+        while self.queued and self._cursor >= 0 and journal.seq_of(self._cursor) == seq:
             if self._find() >= 0:
                 self.dropped += 1
                 if self._finished:
                     self._finished(self._taken, False)
-        # It rides with the message they make room for.  A cut before that brings them back, unharmed.
-        self._note(_DROPPED, self._taken, before)
+        self._advance()
+        entry = pack("<HI", self._taken, self._cursor & _NOWHERE)
+        self._note(DROPPED, before, entry)
+        self.commit()  # before the sector is erased
         return True
 
     def fill(self, buf, off):
@@ -249,13 +277,13 @@ class Store:
             off += n
             self.answers -= n
             self._answers[: self.answers] = self._answers[n : n + self.answers]
-        session = self.session
+        out = self.session.out
         while not self.rest:
             packet_id = self._held_back or self._next()
             if not packet_id:
                 break
             self._held_back = packet_id
-            where = session.out.get(packet_id)
+            where = out.get(packet_id)
             if where is None:  # finished in the meantime
                 self._held_back = 0
                 continue
@@ -264,55 +292,135 @@ class Store:
                     break
                 off = put_ack(buf, off, PUBREL, packet_id)
             else:
-                length = self.journal.load(where >> 2)
-                if not length:
-                    self._lose(packet_id)
-                    continue
-                begin = self._wire()
-                n = length - 4 - begin
-                head = 1 + remaining_length_size(n)
-                if head + n > size - off and off:
+                after = self._put_publish(buf, off, packet_id, where >> 2)
+                if not after:
                     break
-                kind = self.journal.buf[0]
-                off = put_fixed_header(buf, off, 0x30 | kind & 7 | (8 if self._dup else 0), n)
-                self.rest = n
-                self._sending = packet_id, begin
-                off = self._more(buf, off)
-                self.sent += 1
+                off = after
             self.resent += self._again
             self._held_back = 0
         return off
 
+    def _put_publish(self, buf, off, packet_id, pos):
+        """Write a PUBLISH, or its beginning; return the next offset, 0 if it has to wait for a buffer of its own."""
+        journal = self.journal
+        if pos:
+            n = journal.load(pos) - 8
+            at = self._topic_at(pos)
+            if n >= 0 and (self._sent_at != at or self._sent_seq != journal.seq_of(at)):
+                topic = self._topic(at)
+                if topic is None:
+                    n = -1
+                else:
+                    self._sent_at = at
+                    self._sent_seq = journal.seq_of(at)
+                    self._sent_topic = topic
+                    if at != pos:
+                        journal.load(pos)
+            if n < 0:
+                self._lose(packet_id)
+                return off
+            topic = self._sent_topic
+            begin = self._payload_at()
+            n -= begin
+            first = journal.buf[0] & 7 | 0x30
+        else:
+            topic, payload, retain = self._held[packet_id]
+            n = len(payload)
+            first = 0x33 if retain else 0x32
+        head = len(topic) + 9  # at most
+        room = len(buf) - off
+        if head + n > room and off:
+            return 0
+        if self._dup:
+            first |= 8
+        self.rest = n
+        self._sending = packet_id
+        self.sent += 1
+        if head > room:
+            lead = bytearray(head)
+            self._lead = memoryview(lead)[: put_publish_head(lead, 0, first, topic, packet_id, n)]
+            self.rest += len(self._lead)
+        else:
+            off = put_publish_head(buf, off, first, topic, packet_id, n)
+            if pos and begin + n + 4 <= len(journal.buf) and off + n <= len(buf):
+                self.rest = 0
+                buf[off : off + n] = journal.buf[begin + 4 : begin + 4 + n]
+                return off + n
+        return self._more(buf, off)
+
     def _more(self, buf, off):
-        packet_id, begin = self._sending
-        where = self.session.out.get(packet_id)
-        if where is None:
-            raise OSError("message %d is gone in the middle of being sent" % packet_id)
+        n = len(self._lead)
+        if n:
+            n = min(n, len(buf) - off)
+            buf[off : off + n] = self._lead[:n]
+            self._lead = self._lead[n:]
+            off += n
+            self.rest -= n
         n = min(self.rest, len(buf) - off)
-        self.journal.read(where >> 2, begin, buf[off : off + n])
-        self._sending = packet_id, begin + n
-        self.rest -= n
+        if n:
+            where = self.session.out.get(self._sending)
+            if where is None:
+                raise OSError("message %d is gone in the middle of being sent" % self._sending)
+            if where > 3:
+                # It may have been carried to another sector since: its payload is the end of its record.
+                size = bytearray(2)
+                self.journal.read(where >> 2, 2, size)
+                begin = 4 + (size[0] | size[1] << 8) - self.rest
+                self.journal.read(where >> 2, begin, buf[off : off + n])
+            else:
+                payload = self._held[self._sending][1]
+                begin = len(payload) - self.rest
+                buf[off : off + n] = payload[begin : begin + n]
+            self.rest -= n
         return off + n
 
     def _next(self):
         """The next message to send on this connection, 0 if the window is full or nothing waits."""
-        room = self.session.limit - len(self.session.out) + len(self._resend)
+        room = self.session.limit - len(self.session.out) + len(self._resend) + len(self._direct)
         if self._resend:
             self._again = 1
             return self._resend.pop() if room > 0 else 0
         self._again = 0
         self._dup = False
-        return self._take() if room > 0 and self.queued else 0
+        if room <= 0:
+            return 0
+        if self._direct:
+            return self._direct.pop(0)
+        return self._take() if self._taken != self.session.newest else 0
 
     def _lose(self, packet_id):
         """A message is no longer readable: count it and go on, or it would stop all others for ever."""
         self.lost += 1
         self._ready()
         self.session.out.pop(packet_id, None)
-        self._note(DONE, packet_id)
-        self._held_back = 0
+        self._done(packet_id)
         if self._finished:
             self._finished(packet_id, False)
+
+    def _advance(self):
+        """The oldest message is finished: find the next one that is not."""
+        session = self.session
+        out = session.out
+        upto = self._upto
+        taken = self._taken
+        while upto != taken:
+            after = session.back(upto, -1)
+            if after in out:
+                break
+            upto = after
+        self._upto = upto
+
+    def _done(self, packet_id):
+        if packet_id in self._held:
+            self._drop_held(packet_id)
+            self.spared += 1
+            self._advance()
+            return
+        self._late += 1
+        if self._upto == self.session.back(packet_id, 1):
+            self._advance()
+        else:
+            self._note(DONE, packet_id)
 
     # -- the connection
 
@@ -325,7 +433,7 @@ class Store:
         self._doubt = self._asked
         if self.subscriptions and not self._asked:
             self._ready()
-            self._note(_ASKED, 0)
+            self._note(ASKED, 0)
             self.commit()
             self._asked = True
 
@@ -340,7 +448,7 @@ class Store:
             self.begin(identity)
         elif self._asked:
             self._ready()
-            self._note(_TOLD, self._doubt)
+            self._note(TOLD, self._doubt)
             if self._doubt:
                 self.commit()
                 self.subscriptions.clear()
@@ -355,26 +463,24 @@ class Store:
         # A message that was handled but not recorded never comes again: none of the new ones may have its token.
         received = self.received + _LEAP & 0xFFFF
         self.journal.append(_SESSION, (pack("<IH", identity, received),))
-        self._renew(identity, received)
-
-    def _renew(self, identity, received):
-        gone = [p for p in self.session.out if self.session.out[p] & 3 == REL] if self._finished else ()
-        self.session.renew()
-        self.subscriptions.clear()
-        self._asked = False
         self.identity = identity
-        self.received = self._counted = received
-        for packet_id in gone:  # the broker has had them
-            self._finished(packet_id, True)
+        self.received = received
+        gone = self._renew()  # the broker has had them
+        self._advance()
+        if self._finished:
+            for packet_id in gone:
+                self._finished(packet_id, True)
 
     def disconnected(self):
         """The connection is over: nothing half sent is continued, no answer is owed."""
         self.session.disconnected()
         self._resend = ()
+        self._direct = []  # in the window, and not sent yet
         self._again = 0
         self._dup = False
         self._held_back = 0  # taken, but there was no room in the buffer
-        self._sending = None
+        self._sending = 0
+        self._lead = b""  # of a PUBLISH still to come: what is in front of its payload
         self.rest = 0  # bytes of a PUBLISH still to come
         self.answers = 0  # bytes of _answers
         self.online = False
@@ -390,13 +496,13 @@ class Store:
         record = action >> 4
         if record == DONE:
             self.acknowledged += 1
-            self._note(DONE, packet_id)
+            self._done(packet_id)
             if self._finished:
                 self._finished(packet_id, True)
         elif record:
             if record == RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
-            self._note(record, packet_id, self.received)
+            self._note(record, packet_id, pack("<H", self.received) if record == RECEIVED else b"")
             self._urgent = True
         if action & 15 and self.online:
             self.answers = put_ack(self._answers, self.answers, action & 15, packet_id)
@@ -433,9 +539,10 @@ class Store:
         return where & 3 if where is not None and where >> 2 & 3 == qos else None
 
     def subscribed(self, topic_filter, qos, granted):
-        """SUBACK came.  Losing this record only makes a SUBSCRIBE again."""
-        pos = self.journal.append(_SUB | qos << 2 | granted, (topic_filter.encode(),))
-        self.subscriptions[topic_filter] = pos << 4 | qos << 2 | granted
+        """SUBACK came.  Losing this record only makes a SUBSCRIBE again; so it is for more than 32."""
+        if topic_filter in self.subscriptions or len(self.subscriptions) < _SUBS:
+            pos = self.journal.append(_SUB | qos << 2 | granted, (topic_filter.encode(),))
+            self.subscriptions[topic_filter] = pos << 4 | qos << 2 | granted
 
     def unsubscribing(self, topic_filter):
         """To be called before UNSUBSCRIBE goes out: afterwards nobody may believe in the subscription."""
@@ -447,264 +554,42 @@ class Store:
 
     def _ready(self):
         """Make room for an entry, before the session changes: a failure here must leave it as it was."""
-        if self._used + _ENTRY + 2 > _PENDING:
+        if self._late >= _LAZY or self._used + _LONGEST > _PENDING:
             self.commit()
 
-    def _note(self, record, packet_id, more=0):
+    def _note(self, record, packet_id, more=b""):
         i = self._used
         pending = self._pending
         pending[i] = record
         pending[i + 1] = packet_id & 255
         pending[i + 2] = packet_id >> 8
-        i += _ENTRY
-        if record == RECEIVED or record == _DROPPED:
-            pending[i] = more & 255
-            pending[i + 1] = more >> 8
-            i += 2
-        self._used = i
+        i += 3
+        pending[i : i + len(more)] = more
+        self._used = i + len(more)
 
     def commit(self):
-        """Record all pending entries now: when idle, before an answer that depends on one, before sleeping."""
-        if self._used:
-            self._recorded(self.journal.append(_FACTS, (memoryview(self._pending)[: self._used],)))
+        """Record all that is pending now: when idle, before an answer that depends on it, before sleeping."""
+        if not self._used and not self._late:
+            return
+        upto = b""
+        if self._said != self._upto:
+            upto = bytearray(7)
+            pack_into("<BHI", upto, 0, UPTO, self._upto, self._unfinished_at() & _NOWHERE)
+        self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
+        self._urgent = False
+        self._used = self._late = 0
+        self._said = self._upto
 
-    def _recorded(self, pos):
-        """The pending entries are programmed, in the record at pos."""
-        if self._urgent:
-            self._apply(self._pending, self._used, pos, False)
-            self._urgent = False
-        self._used = 0
-        self._counted = self.received
-
-    def _apply(self, entries, n, pos, replay, limit=0):
-        """Note where the entries of a record at pos stand; replay: let them happen, too.
-
-        limit: they are all about messages older than the one with this packet identifier.
-        """
+    def _unfinished_at(self):
+        """The position from which on all unfinished messages can be found, -1 if it is not known."""
         session = self.session
-        i = 0
-        while i + _ENTRY <= n:
-            record = entries[i]
-            packet_id = entries[i + 1] | entries[i + 2] << 8
-            i += _ENTRY
-            if limit and (
-                record > _DROPPED or session.ahead(session.newest, packet_id) < session.ahead(session.newest, limit)
-            ):
-                i += 2 if record == _DROPPED else 0
-                continue
-            if replay:
-                while self._is_queued(packet_id) and record in (DONE, RELEASED):
-                    if not self._take():
-                        break
-            if record == DONE:
-                if replay:
-                    session.out.pop(packet_id, None)
-            elif record == RELEASED:
-                if replay or packet_id in session.out:
-                    session.out[packet_id] = pos << 2 | REL
-            elif record == RECEIVED:
-                if replay or packet_id in session.held:
-                    session.held[packet_id] = pos
-                if replay:
-                    self.received = self._counted = entries[i] | entries[i + 1] << 8
-                i += 2
-            elif record == _DROPPED:
-                before = entries[i] | entries[i + 1] << 8
-                i += 2
-                if replay:
-                    span = session.ahead(packet_id, before)
-                    for p in [p for p in session.out if 0 < session.ahead(p, before) <= span]:
-                        del session.out[p]
-                    while self._is_queued(packet_id) and self._find() >= 0:
-                        pass
-            elif not replay:
-                pass
-            elif record == INDONE:
-                session.held.pop(packet_id, None)
-            elif record == _ASKED:
-                self._asked = True
-            elif record == _TOLD:
-                self._asked = False
-                if packet_id:
-                    self.subscriptions.clear()
-
-    # -- what the journal asks of its owner
-
-    def state(self):
-        mark = self.mark
-        return pack(
-            _FORMAT,
-            self.identity,
-            (mark is not None) | self._asked << 1,
-            mark or 0,
-            self.session.newest,
-            self._counted,
-        )
-
-    def restore(self, state):
-        self.identity, flags, mark, newest, self.received = unpack_from(_FORMAT, state)
-        self.mark = mark if flags & 1 else None
-        self._asked = bool(flags & 2)
-        self._counted = self.received
-        if not self._begun:
-            # Whatever was queued before this sector is finished, or its sector would be read.
-            self._begun = True
-            self.session.newest = self._taken = newest
-
-    def replay(self, kind, pos):
-        buf = self.journal.buf
-        if kind & 0xF0 == _PUB:
-            self._replay_publish(kind, pos)
-        elif kind & 0xF0 == _SUB:
-            self.subscriptions[str(self._body(pos), "utf-8")] = pos << 4 | kind & 15
-        elif kind == _FACTS:
-            body = self._body(pos)
-            self._apply(body, len(body), pos, True)
-        elif kind == _SYNC:
-            self._replay_sync(self._body(pos))
-        elif kind == _UNSUB:
-            self.subscriptions.pop(str(self._body(pos), "utf-8"), None)
-        elif kind == _SESSION:
-            self._renew(*unpack_from("<IH", buf, 4))
-
-    def _body(self, pos):
-        """The whole body of the record just loaded from pos."""
-        body = bytearray(self.journal.buf[2] | self.journal.buf[3] << 8)
-        self.journal.read(pos, 4, body)
-        return body
-
-    def _replay_publish(self, kind, pos):
-        buf = self.journal.buf
-        session = self.session
-        n = buf[4]
-        entries = bytes(buf[5 : 5 + n])
-        packet_id = self._packet_id(pos)
-        mark = unpack_from("<q", buf, 5 + n)[0] if kind & 8 else None
-        qos = kind >> 1 & 3
-        new = self._begun and session.is_new(packet_id)
-        # In an old record, carried over or programmed twice, an entry may name an identifier that is in use again.
-        self._apply(entries, n, pos, True, 0 if new or not self._begun else packet_id)
-        if new:
-            session.newest = packet_id
-            self._new(packet_id, pos, qos, self._most)
-            if mark is not None:
-                self.mark = mark
-        elif not self._is_queued(packet_id):
-            if session.out.get(packet_id, 0) & 3 != REL:
-                session.out[packet_id] = pos << 2 | qos
-
-    def _replay_sync(self, body):
-        taken, newest, n = unpack_from("<HHH", body)
-        session = self.session
-        while self.queued and 0 < session.ahead(taken, self._taken) < 32768 and self._take():
-            pass
-        if not self._begun or session.ahead(taken, self._taken) < 32768:
-            self._taken = taken
-        if not self._begun or session.ahead(newest, session.newest) < 32768:
-            session.newest = newest
-        self._begun = True
-        ids = unpack_from("<%dH" % ((len(body) - 6) // 2), body, 6)
-        for packet_id in [p for p in session.out if p not in ids[:n]]:
-            if session.ahead(packet_id, taken) == 0 or session.ahead(packet_id, taken) > 32767:
-                del session.out[packet_id]  # finished; those ahead were still queued, replay only takes them earlier
-        for packet_id in [p for p in session.held if p not in ids[n:]]:
-            del session.held[packet_id]
-        self.subscriptions.clear()
-
-    def _places(self, sector, whole):
-        """What is live in a sector: (messages oldest first, released, received, subscriptions, queued positions)."""
-        session = self.session
-        order = [p for p in reversed(session.order()) if session.out[p] >> 14 == sector]
-        queued = []
-        if whole and self.queued:
-            journal = self.journal
-            pos = self._cursor if self._cursor >> 12 == sector else journal.start_of(sector)
-            while 0 <= pos and pos >> 12 == sector:
-                pos = journal.next(pos)
-                if pos < 0 or pos >> 12 != sector:
-                    break
-                behind = journal.behind(pos)
-                if journal.buf[0] & 0xF0 == _PUB and self._is_queued(self._packet_id(pos)):
-                    queued.append(pos)
-                pos = behind
-        return (
-            [p for p in order if session.out[p] & 3 != REL],
-            [p for p in order if session.out[p] & 3 == REL],
-            [p for p in session.held if session.held[p] >> 12 == sector],
-            [f for f in self.subscriptions if whole or self.subscriptions[f] >> 16 == sector],
-            queued,
-        )
-
-    def live(self, sector, whole):
-        journal = self.journal
-        if self.queued and not whole:
-            if self._cursor >> 12 == sector:
-                self._cursor = journal.next(self._cursor)  # perhaps all that was left in the sector is behind it
-            if self._cursor >> 12 == sector:
-                return -1
-        messages, released, received, filters, queued = self._places(sector, whole)
-        size = 0
-        for pos in [self.session.out[p] >> 2 for p in messages] + queued:
-            size += journal.room_for(journal.load(pos) - 8)
-        for topic_filter in filters:
-            size += journal.room_for(4 * len(topic_filter))
-        if released or received:
-            size += journal.room_for(_ENTRY * len(released) + (_ENTRY + 2) * len(received))
-        if whole:
-            size += journal.room_for(6 + 2 * (len(self.session.out) + len(self.session.held)))
-        return size
-
-    def carry(self, sector, whole):
-        session = self.session
-        journal = self.journal
-        messages, released, received, filters, queued = self._places(sector, whole)
-        if whole:
-            # The queued messages carried below are as new then as they were before.
-            newest = session.newest
-            if queued:
-                journal.load(queued[0])
-                newest = (self._packet_id(queued[0]) - 2) % 65535 + 1
-            ids = list(session.out) + list(session.held)
-            head = pack("<HHH", self._taken, newest, len(session.out))
-            journal.append(_SYNC, (head, pack("<%dH" % len(ids), *ids)))
-        for packet_id in messages:
-            try:
-                session.out[packet_id] = journal.copy(session.out[packet_id] >> 2) << 2 | session.out[packet_id] & 3
-            except JournalCorrupt:
-                self.lost += 1
-                del session.out[packet_id]
-        if released or received:
-            entries = b"".join(
-                [pack("<BH", RELEASED, p) for p in released]
-                + [pack("<BHH", RECEIVED, p, self._counted) for p in received]
-            )
-            pos = journal.append(_FACTS, (entries,))
-            for packet_id in released:
-                session.out[packet_id] = pos << 2 | REL
-            for packet_id in received:
-                session.held[packet_id] = pos
-        for topic_filter in filters:
-            where = self.subscriptions[topic_filter]
-            try:
-                self.subscriptions[topic_filter] = journal.copy(where >> 4) << 4 | where & 15
-            except JournalCorrupt:
-                del self.subscriptions[topic_filter]  # it will be made again
-        moved = -1
-        for pos in queued:
-            try:
-                new = journal.copy(pos)
-                moved = new if moved < 0 else moved
-            except JournalCorrupt:
-                self.lost += 1
-                self.queued -= 1
-        if self.queued and self._cursor >> 12 == sector:
-            self._cursor = moved
-
-    def oldest(self):
-        places = [where >> 2 for where in self.session.out.values()]
-        places += self.session.held.values()
-        places += [where >> 4 for where in self.subscriptions.values()]
-        if self.queued:
-            places.append(self._cursor)
-        seqs = [self.journal.seq_of(pos) for pos in places if pos >= 0]
-        return min(seqs) if seqs else None
+        packet_id = self._upto
+        if session.ahead(self._taken, packet_id) <= 2 * self._most:
+            while packet_id != self._taken:
+                packet_id = session.back(packet_id, -1)
+                where = session.out.get(packet_id, 0)
+                if where > 3 and where & 3 != REL:
+                    return where >> 2
+            if self.queued:
+                return self._cursor
+        return -1

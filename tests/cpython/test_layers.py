@@ -3,6 +3,7 @@
     packet, properties <- session <- store <- client, simple <- main
     flash/*            <- journal <- store        errors: imported by all, imports nothing
 
+ring is a part of journal, recall of store.
 What a module may import is read off the directory as it is: a new module needs no entry here unless it is one of the
 picture's own.
 """
@@ -20,8 +21,10 @@ PICTURE = {
     "packet": {"errors"},
     "properties": {"errors"},
     "session": {"errors", "packet", "properties"},
-    "journal": {"errors"},
-    "store": {"errors", "packet", "properties", "session", "journal"},
+    "ring": {"errors"},
+    "journal": {"errors", "ring"},
+    "recall": {"errors", "packet", "properties", "session"},
+    "store": {"errors", "packet", "properties", "session", "recall", "journal"},
     "flash": {"errors", "flash"},
 }
 NAMED = {"errors", "packet", "session", "journal", "store", "client"}

@@ -1,0 +1,458 @@
+"""What the store has in the journal, and how it finds it again: records <-> session facts.  FORMAT.md has the bytes.
+
+Owns the layout of the store's records, the queue behind the in-flight window, and all that the journal asks of its
+owner: snapshots, replay, carrying.  A topic is stored once per sector; other messages there refer to it.
+"""
+
+from struct import pack, unpack_from
+
+from micropython import const
+
+from .errors import JournalCorrupt
+from .session import DONE, INDONE, RECEIVED, REL, RELEASED, Session
+
+# Kinds of records.  The two low nibbles are the record's own.
+_PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: identifier, reference, mark, perhaps topic, payload
+_SUB = const(0x20)  # | requested QoS << 2 | granted QoS: a topic filter the broker has acknowledged
+_FACTS = const(0x30)  # entries
+_UNSUB = const(0x32)  # a topic filter that is no longer subscribed
+_SESSION = const(0x33)  # identity u32, received u16: a new session at the broker begins
+
+# Entries beside those of session.
+UPTO = const(5)  # all messages up to this identifier are finished; the position of the next one that is not
+ASKED = const(6)  # CONNECT goes out
+TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
+DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
+_SIZES = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
+
+_FORMAT = "<IBqHHHIBHB"  # identity, 1: has a mark | 2: asked, mark, newest, taken, received, cursor, how many of each
+_FORMAT_BYTES = const(27)
+_NOWHERE = const(0xFFFFFFFF)
+_UNSAID = const(63)  # the distance that says nothing
+_HELD = const(64)  # inbound identifiers that a message of the largest size leaves room for in a snapshot
+_SUBS = const(32)  # subscriptions that are stored
+_LAZY = const(16)  # DONEs that may be missing after a cut
+
+
+class Recall:
+    """What Store is made of; see there."""
+
+    def __init__(self, journal, in_flight):
+        self.journal = journal
+        self.session = Session(in_flight)
+        self._most = in_flight + _LAZY  # in the window when replayed: lazy DONEs may be missing
+        self.max_state = _FORMAT_BYTES + 6 * self._most + 2 * _HELD + 4 * _SUBS
+        self.lost = 0
+        self._mounting = False
+
+    def restore(self, state):
+        """Take up a snapshot; forget all else."""
+        session = self.session
+        session.clear()
+        self.subscriptions = {}  # topic filter -> position << 4 | requested QoS << 2 | granted QoS
+        self.mark = None
+        self.identity = 0
+        self.received = 0  # QoS 2 messages received, modulo 65536
+        self._taken = session.newest  # packet identifier taken into the window last
+        self._cursor = -1  # where to look for the first message behind it
+        self._upto = session.newest  # all messages up to this one are finished
+        self._asked = False  # CONNECT has gone out, no CONNACK has come
+        self._unknown = not state  # what came before the records to be replayed
+        if not state:
+            return
+        (
+            self.identity,
+            flags,
+            mark,
+            session.newest,
+            self._taken,
+            self.received,
+            cursor,
+            outs,
+            helds,
+            subs,
+        ) = unpack_from(_FORMAT, state)
+        self._cursor = -1 if cursor == _NOWHERE else cursor
+        self.mark = mark if flags & 1 else None
+        self._asked = bool(flags & 2)
+        i = _FORMAT_BYTES
+        for _ in range(outs):
+            packet_id, where = unpack_from("<HI", state, i)
+            session.out[packet_id] = where
+            i += 6
+        for _ in range(helds):
+            session.held.add(unpack_from("<H", state, i)[0])
+            i += 2
+        for _ in range(subs):
+            where = unpack_from("<I", state, i)[0]
+            i += 4
+            if self.journal.load(where >> 4) and self.journal.buf[0] & 0xF0 == _SUB:
+                self._subscribe(where)  # else it will be made again
+        self._look_for_oldest()
+
+    def state(self):
+        session = self.session
+        mark = self.mark
+        # What has no place on flash is not the journal's, but for PUBRELs and, while mounting, what is finished.
+        outs = [p for p in session.out if session.out[p] > 3 or session.out[p] & 1 == session.out[p] >> 1]
+        parts = [
+            pack(
+                _FORMAT,
+                self.identity,
+                (mark is not None) | self._asked << 1,
+                mark or 0,
+                session.newest,
+                self._taken,
+                self.received,
+                self._cursor & _NOWHERE,
+                len(outs),
+                len(session.held),
+                len(self.subscriptions),
+            )
+        ]
+        parts += [pack("<HI", p, session.out[p]) for p in outs]
+        parts += [pack("<H", p) for p in session.held]
+        parts += [pack("<I", where) for where in self.subscriptions.values()]
+        return b"".join(parts)
+
+    # -- the queue: messages _taken + 1 to newest, from the cursor on
+
+    @property
+    def queued(self):
+        """How many messages wait behind the window."""
+        return self.session.ahead(self.session.newest, self._taken)
+
+    def _is_queued(self, packet_id):
+        ahead = self.session.ahead
+        return 0 < ahead(packet_id, self._taken) <= ahead(self.session.newest, self._taken)
+
+    def _find(self):
+        """Return the position of the first queued message, loaded, and make it the one taken last; -1 if none."""
+        journal = self.journal
+        session = self.session
+        pos = self._cursor
+        if pos >= 0 and not journal.seq_of(pos):  # after damage only
+            pos = journal.first()
+        taken = self._taken
+        while pos >= 0 and taken != session.newest:
+            pos = journal.next(pos)
+            if pos < 0:
+                break
+            self._cursor = journal.behind(pos)
+            buf = journal.buf
+            if buf[0] & 0xF0 == _PUB:
+                packet_id = buf[4] | buf[5] << 8
+                if self._is_queued(packet_id):
+                    if not self._mounting:
+                        self.lost += session.ahead(packet_id, taken) - 1
+                    self._taken = packet_id
+                    return pos
+            pos = self._cursor
+        if not self._mounting:
+            self.lost += self.queued  # their records are no longer readable
+        self._taken = session.newest
+        return -1
+
+    def _take(self):
+        """Move the first queued message into the window; return its packet identifier, 0 if there is none."""
+        pos = self._find()
+        if pos < 0:
+            return 0
+        out = self.session.out
+        where = out.get(self._taken)
+        if where is None:
+            out[self._taken] = pos << 2 | self.journal.buf[0] >> 1 & 3
+        elif not where:
+            del out[self._taken]
+        return self._taken
+
+    def _take_to(self, packet_id):
+        while self._is_queued(packet_id) and self._take():
+            pass
+
+    # -- PUB records
+
+    def _topic(self, pos):
+        """The topic name in the PUB record at pos, None if it does not read back or has none."""
+        journal = self.journal
+        buf = journal.buf
+        if not journal.load(pos) or buf[0] & 0xF0 != _PUB or buf[6] > _UNSAID or buf[7]:
+            return None
+        at = 8 + (buf[0] & 8)
+        topic = bytearray(buf[at] | buf[at + 1] << 8)
+        journal.read(pos, at + 2, topic)
+        return bytes(topic)
+
+    def _topic_at(self, pos):
+        """Where the topic of the PUB record just loaded from pos stands."""
+        ref = self.journal.buf[6] >> 6 | self.journal.buf[7] << 2
+        return pos & ~0xFFF | ref << 2 if ref else pos
+
+    def _payload_at(self):
+        """Offset, in the body of the PUB record just loaded, of the payload."""
+        buf = self.journal.buf
+        at = 4 + (buf[0] & 8)
+        if buf[6] <= _UNSAID and not buf[7]:
+            at += 2 + (buf[4 + at] | buf[5 + at] << 8)
+        return at
+
+    # -- replay
+
+    def replay(self, kind, pos):
+        if kind & 0xF0 == _PUB:
+            self._replay_publish(kind, pos)
+        elif kind & 0xF0 == _SUB:
+            self._subscribe(pos << 4 | kind & 15)
+        elif kind == _FACTS:
+            self._replay_facts(self.journal.body(pos) or b"")
+        elif kind == _UNSUB:
+            self.subscriptions.pop(str(self.journal.body(pos) or b"", "utf-8"), None)
+        elif kind == _SESSION:
+            self.identity, self.received = unpack_from("<IH", self.journal.buf, 4)
+            self._renew()
+
+    def _renew(self):
+        """A new session at the broker.  Return the messages that it took over from us: they are finished."""
+        out = self.session.out
+        gone = [p for p in out if out[p] & 3 == REL]
+        self.session.renew()
+        for packet_id in gone:
+            if self._is_queued(packet_id):
+                out[packet_id] = 0
+        self.subscriptions.clear()
+        self._asked = False
+        return gone
+
+    def _subscribe(self, where):
+        body = self.journal.body(where >> 4)
+        if body is not None:
+            self.subscriptions[str(body, "utf-8")] = where
+
+    def _replay_publish(self, kind, pos):
+        buf = self.journal.buf
+        session = self.session
+        out = session.out
+        packet_id = buf[4] | buf[5] << 8
+        distance = buf[6] & 63
+        if self._unknown:
+            session.newest = self._taken = self._upto = session.back(packet_id, 1)
+            self._unknown = False
+        if session.is_new(packet_id):
+            mark = unpack_from("<q", buf, 8)[0] if kind & 8 else None
+            before = session.back(packet_id, 1)
+            if before != session.newest:
+                # Those in between never came to the journal; so there was no queue, only the window.
+                if self.queued <= self._most:
+                    self._take_to(session.newest)
+                if self._taken == session.newest:
+                    self._taken = before
+            session.newest = packet_id
+            if self._taken != before:
+                pass
+            elif len(out) < self._most:
+                out[packet_id] = pos << 2 | kind >> 1 & 3
+                self._taken = packet_id
+            else:
+                self._cursor = pos
+            if mark is not None:
+                self.mark = mark
+        elif not self._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
+            out[packet_id] = pos << 2 | kind >> 1 & 3
+        if distance != _UNSAID:
+            self._finish(session.back(packet_id, distance + 1), -1)
+
+    def _finish(self, last, pos):
+        """All messages up to the identifier last are finished; the next one that is not is at pos or, -1, anywhere."""
+        session = self.session
+        out = session.out
+        age = session.ahead(session.newest, last)
+        n = session.ahead(session.newest, self._upto) - age
+        if n > len(out):
+            for packet_id in [p for p in out if session.ahead(session.newest, p) >= age]:
+                del out[packet_id]
+        else:
+            while n > 0:
+                n -= 1
+                out.pop(session.back(last, n), None)
+        if n >= 0:
+            self._upto = last
+        if age < self.queued:
+            self._taken = last
+            if pos >= 0:
+                self._cursor = pos
+
+    def _look_for_oldest(self):
+        session = self.session
+        self._upto = self._taken
+        if session.out:
+            self._upto = session.back(session.order()[-1], 1)
+
+    def _replay_facts(self, entries):
+        session = self.session
+        out = session.out
+        i = 0
+        while i + 3 <= len(entries):
+            record = entries[i]
+            if not 0 < record < len(_SIZES) or i + _SIZES[record] > len(entries):
+                return
+            packet_id = entries[i + 1] | entries[i + 2] << 8
+            if record == DONE:
+                if self._is_queued(packet_id):
+                    out[packet_id] = 0
+                    if len(out) > 2 * self._most:
+                        self._take_to(packet_id)
+                else:
+                    out.pop(packet_id, None)
+            elif record == RELEASED:
+                if session.ahead(session.newest, packet_id) < session.ahead(session.newest, self._upto):
+                    out[packet_id] = REL
+            elif record == RECEIVED:
+                session.held.add(packet_id)
+                self.received = entries[i + 3] | entries[i + 4] << 8
+            elif record == INDONE:
+                session.held.discard(packet_id)
+            elif record == UPTO:
+                if not self._unknown:
+                    self._finish(packet_id, _position(entries, i + 3))
+            elif record == ASKED:
+                self._asked = True
+            elif record == TOLD:
+                self._asked = False
+                if packet_id:
+                    self.subscriptions.clear()
+            else:  # DROPPED
+                self._take_to(packet_id)
+                last = entries[i + 3] | entries[i + 4] << 8
+                if self._is_queued(last):
+                    self._taken = last
+                    self._cursor = _position(entries, i + 5)
+            i += _SIZES[record]
+
+    # -- carrying
+
+    def _messages(self, sector, whole):
+        """The positions of the messages in a sector that have to be sent still, oldest first."""
+        session = self.session
+        out = session.out
+        found = sorted([w >> 2 for w in out.values() if w > 3 and w >> 14 == sector and w & 3 != REL])
+        if whole and self.queued:
+            journal = self.journal
+            pos = self._cursor if self._cursor >> 12 == sector else journal.start_of(sector)
+            while 0 <= pos and pos >> 12 == sector:
+                pos = journal.next(pos)
+                if pos < 0 or pos >> 12 != sector:
+                    break
+                behind = journal.behind(pos)
+                buf = journal.buf
+                if buf[0] & 0xF0 == _PUB and pos not in found and self._is_queued(buf[4] | buf[5] << 8):
+                    found.append(pos)
+                pos = behind
+        return found
+
+    def _filters(self, sector):
+        return [f for f in self.subscriptions if self.subscriptions[f] >> 16 == sector]
+
+    def live(self, sector, whole):
+        journal = self.journal
+        if self.queued and not whole:
+            if self._cursor >> 12 == sector:
+                self._cursor = journal.next(self._cursor)  # perhaps all that was left in the sector is behind it
+            if self._cursor >> 12 == sector:
+                return -1
+        size = 0
+        topics = []
+        for pos in self._messages(sector, whole):
+            n = journal.load(pos) - 8
+            if n < 0:
+                continue
+            at = self._topic_at(pos)
+            if at == pos:
+                n -= self._payload_at() - 4 - (journal.buf[0] & 8)
+            if at not in topics:
+                topics.append(at)
+                if journal.load(at):
+                    n += self._payload_at() - 4 - (journal.buf[0] & 8)
+            size += journal.room_for(n)
+        for topic_filter in self._filters(sector):
+            size += journal.room_for(4 * len(topic_filter))
+        return size
+
+    def carry(self, sector, whole):
+        journal = self.journal
+        session = self.session
+        moved = {}
+        refs = {}  # where a topic was -> the reference to where it is
+        for pos in self._messages(sector, whole):
+            moved[pos] = -1
+            try:
+                if not journal.load(pos):
+                    raise JournalCorrupt(pos)
+                at = self._topic_at(pos)
+                skip = self._payload_at()
+                head = bytearray(journal.buf[4 : 8 + (journal.buf[0] & 8)])
+                ref = refs.get(at, 0)
+                parts = (head,)
+                if not ref:
+                    topic = self._topic(at)
+                    if topic is None:
+                        raise JournalCorrupt(at)
+                    parts = (head, pack("<H", len(topic)), topic)
+                head[2] = _UNSAID | (ref & 3) << 6
+                head[3] = ref >> 2
+                new = moved[pos] = journal.copy(pos, parts, skip)
+                if not ref:
+                    refs[at] = (new & 0xFFF) >> 2
+            except JournalCorrupt:
+                pass
+        for packet_id in [p for p in session.out if session.out[p] > 3 and session.out[p] >> 2 in moved]:
+            where = session.out[packet_id]
+            if where & 3 == REL:
+                continue
+            if moved[where >> 2] < 0:
+                self.lost += 1
+                del session.out[packet_id]
+            else:
+                session.out[packet_id] = moved[where >> 2] << 2 | where & 3
+        if self.queued and self._cursor >> 12 == sector:
+            self._cursor = journal.start_of(journal.head)
+        for topic_filter in self._filters(sector):
+            where = self.subscriptions[topic_filter]
+            try:
+                self.subscriptions[topic_filter] = journal.copy(where >> 4) << 4 | where & 15
+            except JournalCorrupt:
+                del self.subscriptions[topic_filter]  # it will be made again
+
+    def moved(self, kind, body):
+        if kind & 0xF0 != _PUB:
+            return body
+        packet_id = body[0] | body[1] << 8
+        session = self.session
+        if packet_id == session.newest and self._is_queued(packet_id):
+            session.newest = session.back(packet_id, 1)
+        elif session.out.get(packet_id, 0) & 3 != REL:
+            session.out.pop(packet_id, None)
+        ref = body[2] >> 6 | body[3] << 2
+        if not ref:
+            return body
+        topic = self._topic(self.journal.head << 12 | ref << 2)
+        if topic is None:
+            return None
+        at = 4 + (kind & 8)
+        head = bytearray(body[:at])
+        head[2] &= _UNSAID
+        head[3] = 0
+        return bytes(head) + pack("<H", len(topic)) + topic + bytes(body[at:])
+
+    def oldest(self):
+        out = self.session.out
+        places = [where >> 2 for where in out.values() if where > 3 and where & 3 != REL]
+        places += [where >> 4 for where in self.subscriptions.values()]
+        if self.queued:
+            places.append(self._cursor)
+        seqs = [self.journal.seq_of(pos) for pos in places if pos >= 0]
+        return min(seqs) if seqs else None
+
+
+def _position(entries, i):
+    where = unpack_from("<I", entries, i)[0]
+    return -1 if where == _NOWHERE else where

@@ -1,0 +1,552 @@
+"""The ring of sectors under the journal: where records lie, which sector is next, what is carried when it turns.
+
+Owns reading and programming of records and the order of the sectors; what a power cut left behind is journal.py's.
+Exactly one record is programmed at a time, its CRC last, so a cut leaves at most one record in doubt.
+"""
+
+from array import array
+from binascii import crc32
+from struct import pack, pack_into, unpack_from
+
+from micropython import const
+
+from .errors import JournalCorrupt, JournalFull, JournalUnavailable
+
+_SECTOR = const(4096)  # erase size of every supported part
+_PAGE = const(256)  # one program call stays inside one page: a cut tears one page at most
+_MAGIC = const(0x4A4D)  # "MJ"
+_VERSION = const(2)
+_HEADER = const(16)
+_SEALED = const(48)  # the header where erased flash does not read 0xFF: a 16-bit sum of each blank page follows
+_OVERHEAD = const(8)  # record header 4, CRC 4
+
+# Kinds below 0x80 have a body of arg bytes; the others have none and arg is a number of their own.
+_TAIL = const(0x60)  # ends a sector's copies: oldest seq u32, void seq u32, from there on u16, the owner's state
+_TAIL_HEAD = const(10)
+_OPEN = const(0xF1)  # says nothing itself; behind a CLOSE: more was begun, behind a TAIL: the sector counts
+_LAPS = const(4)  # most sectors one append may use up: bounds the write amplification
+_HELP = const(48)  # body of the longest record that helps to get on in a full journal
+
+
+class Ring:
+    """What Journal is made of; see there."""
+
+    def __init__(self, device, prog_size, size):
+        if prog_size not in (4, 16, 256):
+            raise ValueError("prog_size: found %r, expected 4, 16 or 256" % (prog_size,))
+        if device.ioctl(5, 0) != _SECTOR:
+            raise JournalUnavailable("the journal needs erase blocks of 4096 bytes")
+        count = device.ioctl(4, 0)
+        if size is not None:
+            if size % _SECTOR or not 4 * _SECTOR <= size <= count * _SECTOR:
+                raise ValueError(
+                    "journal size: found %d, expected a multiple of 4096 within 16384-%d" % (size, count * _SECTOR)
+                )
+            count = size // _SECTOR
+        if count < 4:
+            raise JournalUnavailable("the journal needs at least 4 erase blocks, the device has %d" % count)
+        self._device = device
+        self._prog_size = self._unit = prog_size
+        self.sectors = count
+        self._seqs = array("I", bytes(4 * count))  # 0: no header to be trusted
+        self.buf = memoryview(bytearray(_PAGE))  # what load() read
+        self._page = memoryview(bytearray(b"\xff" * _PAGE))  # what is being programmed; blank in between
+        self._from = 0  # bytes _from.._to of the page wait to be programmed
+        self._to = 0
+        self._head = count - 1  # sector being filled; a new journal begins behind it
+        self._off = _SECTOR  # next free byte in it
+        self._first = _HEADER  # where the records of a sector begin
+        self._sums = None  # where erased flash does not read 0xFF: of the blank pages of the sector looked at
+        self._id = 0
+        self._seed_seq = -1
+        self._seed_crc = 0
+        self._ready = -1  # sector erased ahead, header programmed
+        self._oldest = 1  # lower seqs hold nothing live
+        self._tight = True  # nothing is known of the sectors that a record with reserve leaves to be given up
+        self._void = -1  # sector of the seq below that is still to be spoilt
+        self._void_seq = 0  # what the newest TAIL says: a sector of this seq holds nothing
+        self._void_from = 0  # from this offset on; 0: at all
+        self._usable = False
+        self._carrying = False  # the owner's carry() is under way: what it appends has room in the head
+        self._torn = False  # what copy() read does not pass its checksum
+        self._closed = False
+        self._next_seq = 1
+        self._tail_at = -1  # the newest snapshot
+        self.max_body = 0  # bytes of the largest record body; known when mounted
+        self.erases = 0  # since the start of this program
+        self._owner = None
+
+    # -- geometry
+
+    def _pad(self, n):
+        return (n + self._unit - 1) & -self._unit
+
+    @property
+    def room(self):
+        """Bytes of a sector that records can take."""
+        return _SECTOR - self._first
+
+    def room_for(self, n):
+        """Bytes that a record with a body of n bytes takes."""
+        return (n + _OVERHEAD + self._unit - 1) & -self._unit
+
+    def fits(self, n):
+        """Whether a record with a body of n bytes goes into the newest sector as it is."""
+        if self._closed:
+            n += self.room_for(0)
+        return self._off + self.room_for(n) <= _SECTOR
+
+    @property
+    def head(self):
+        """The newest sector."""
+        return self._head
+
+    @property
+    def seq(self):
+        """Age of the newest sector: about the number of erases over the journal's life."""
+        return self._seqs[self._head]
+
+    def seq_of(self, pos):
+        """Age of the sector that pos lies in, 0 if it holds nothing any more."""
+        return self._seqs[pos >> 12]
+
+    def _seed(self, sector):
+        """Records are checksummed with their sector's seq and journal id, so that a stale one never passes."""
+        seq = self._seqs[sector]
+        if seq != self._seed_seq:
+            head = bytearray(8)
+            pack_into("<II", head, 0, seq, self._id)
+            self._seed_crc = crc32(head) & 0x3FFFFFFF
+            self._seed_seq = seq
+        return self._seed_crc
+
+    def _set_unit(self, unit, sealed):
+        self._unit = unit
+        self._first = _SEALED if sealed else self._pad(_HEADER)
+        self._sums = bytearray(32) if sealed else None
+        self._seed_seq = -1
+
+    def _by_age(self):
+        """All sectors: the one erased ahead, those without a header in ring order behind the head, then by age."""
+        head = self._head
+        count = self.sectors
+
+        def age(s):
+            return -1 - count if s == self._ready else self._seqs[s] or (s - head - 1) % count - count
+
+        return sorted(range(count), key=age)
+
+    # -- reading
+
+    def load(self, pos):
+        """Read and check the record at pos; its first bytes are then in self.buf.  Return its size, 0 if invalid."""
+        sector = pos >> 12
+        off = pos & 0xFFF
+        buf = self.buf
+        n = _SECTOR - off
+        if n > _PAGE:
+            n = _PAGE
+        self._device.readblocks(sector, buf if n == _PAGE else buf[:n], off)
+        kind = buf[0]
+        if buf[1] != kind ^ buf[2] ^ buf[3] ^ 0xA5:
+            return 0
+        stop = 4 + (buf[2] | buf[3] << 8 if kind < 0x80 else 0)
+        if off + stop + 4 > _SECTOR:
+            return 0
+        crc = self._seed_crc if self._seqs[sector] == self._seed_seq else self._seed(sector)
+        if stop + 4 <= n:
+            crc = crc32(buf[:stop], crc)
+            if crc != unpack_from("<I", buf, stop)[0]:
+                return 0
+        else:
+            crc = crc32(buf[: min(n, stop)], crc)
+            more = memoryview(bytearray(_PAGE))
+            while n < stop:
+                k = min(_PAGE, stop - n)
+                self._device.readblocks(sector, more[:k], off + n)
+                crc = crc32(more[:k], crc)
+                n += k
+            self._device.readblocks(sector, more[:4], off + stop)
+            if crc != unpack_from("<I", more)[0]:
+                return 0
+        self._crc = crc
+        return stop + 4
+
+    def read(self, pos, skip, buf):
+        """Fill buf from the record at pos, from byte skip of the record on.  Not checked again: load() did that."""
+        self._device.readblocks(pos >> 12, buf, (pos & 0xFFF) + skip)
+
+    def body(self, pos):
+        """The body of the record just loaded from pos, None if it no longer passes its checksum."""
+        n = 4 + (self.buf[2] | self.buf[3] << 8)
+        if n <= min(_PAGE, _SECTOR - (pos & 0xFFF)):
+            return bytes(self.buf[4:n])
+        record = bytearray(n)
+        self.read(pos, 0, record)
+        if crc32(record, self._seed(pos >> 12)) != self._crc:
+            return None
+        return memoryview(record)[4:]
+
+    def start_of(self, sector):
+        """The position of the first record of a sector."""
+        return sector << 12 | self._first
+
+    def first(self):
+        """The position where the oldest record can be."""
+        return self.start_of(self._after(0))
+
+    def _after(self, seq):
+        """The sector with the lowest seq above seq, or -1."""
+        best = -1
+        for s in range(self.sectors):
+            if self._seqs[s] > seq and (best < 0 or self._seqs[s] < self._seqs[best]):
+                best = s
+        return best
+
+    def next(self, pos):
+        """Return the position of the first valid record at pos or behind it, loaded into self.buf; -1 at the end."""
+        while True:
+            sector = pos >> 12
+            stop = _SECTOR
+            if sector == self._head:
+                stop = self._off
+            elif self._seqs[sector] == self._void_seq:
+                stop = self._void_from
+            off = pos & 0xFFF
+            while off < stop:
+                size = self.load(sector << 12 | off)
+                if size:
+                    return sector << 12 | off
+                off += self._unit if self._sums else self._gap(off)[0]
+            if sector == self._head:
+                return -1
+            sector = self._after(self._seqs[sector])
+            pos = self.start_of(sector)
+
+    def behind(self, pos):
+        """The position behind the record at pos, which is the one loaded last; -1 at the end of the newest sector."""
+        size = self.room_for(self.buf[2] | self.buf[3] << 8 if self.buf[0] < 0x80 else 0)
+        end = (pos & 0xFFF) + size
+        if end < (self._off if pos >> 12 == self._head else _SECTOR):
+            return pos & ~0xFFF | end
+        if pos >> 12 == self._head:
+            return -1
+        return self.start_of(self._after(self._seqs[pos >> 12]))
+
+    def _gap(self, off):
+        """How far the bytes loaded from off on, which are no record, can be passed over at once; 0xFF if they are as
+        erased, 0 if they are zeros, else -1."""
+        n = min(_PAGE, _SECTOR - off)
+        if self._sums:  # zeros read as anything, too
+            i = off >> 7
+            if off & 0xFF == 0 and self._sums[i] | self._sums[i + 1] << 8 == crc32(self.buf) & 0xFFFF:
+                return n, 0xFF
+            return self._unit, -1
+        filler = self.buf[0]
+        if filler == 0 or filler == 0xFF:
+            if self.buf[:n] == bytes((filler,)) * n:
+                return n, filler
+            if self.buf[: self._unit] == bytes((filler,)) * self._unit:
+                return self._unit, filler
+        return self._unit, -1
+
+    def _look_at(self, sector):
+        """Get ready to scan a sector."""
+        if self._sums:
+            self._device.readblocks(sector, self._sums, _HEADER)
+
+    # -- programming
+
+    def _seek(self, off):
+        self._off = off
+        self._from = self._to = off & (_PAGE - 1)
+
+    def _put(self, data):
+        """Append data to the page buffer, programming each page as it fills."""
+        n = len(data)
+        to = self._to
+        if to + n < _PAGE:
+            self._page[to : to + n] = data
+            self._to = to + n
+            return
+        data = memoryview(data)
+        done = 0
+        while done < n:
+            k = min(n - done, _PAGE - self._to)
+            self._page[self._to : self._to + k] = data[done : done + k]
+            self._to += k
+            done += k
+            if self._to == _PAGE:
+                self._program()
+
+    def _program(self):
+        """Program what waits in the page buffer, padded to the unit with 0xFF."""
+        a = self._from
+        b = self._pad(self._to)
+        if a == b:
+            return
+        off = self._off & ~(_PAGE - 1)
+        page = self._page[a:b]
+        self._device.writeblocks(self._head, page, off + a)
+        page[:] = b"\xff" * (b - a)
+        self._off = off + b
+        self._from = self._to = b & (_PAGE - 1)
+
+    def _write(self, kind, arg, parts=()):
+        """Program one record at the head, which has room; return its position."""
+        off = self._off
+        if off + self.room_for(arg if kind < 0x80 else 0) > _SECTOR:
+            raise JournalUnavailable("carry() has more than live() said")
+        usable = self._usable
+        self._usable = False  # until it is whole: after any exception in between the head ends in half a record
+        head = self._head
+        crc = self._seed_crc if self._seqs[head] == self._seed_seq else self._seed(head)
+        if kind < 0x80 and self._from + arg + _OVERHEAD <= _PAGE:  # on one page: the usual case, made fast
+            page = self._page
+            a = self._from
+            page[a] = kind
+            page[a + 1] = kind ^ arg & 255 ^ arg >> 8 ^ 0xA5
+            page[a + 2] = arg & 255
+            page[a + 3] = arg >> 8
+            i = a + 4
+            for part in parts:
+                k = i + len(part)
+                page[i:k] = part
+                i = k
+            crc = crc32(page[a:i], crc)
+            pack_into("<I", page, i, crc ^ 0xFFFFFFFF if self._torn else crc)
+            self._to = i + 4
+        else:
+            data = bytes((kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg & 255, arg >> 8))
+            crc = crc32(data, crc)
+            self._put(data)
+            for part in parts:
+                crc = crc32(part, crc)
+                self._put(part)
+            if self._torn:
+                crc ^= 0xFFFFFFFF
+            # The CRC comes last: until it is programmed the record does not exist.
+            self._put(bytes((crc & 255, crc >> 8 & 255, crc >> 16 & 255, crc >> 24)))
+        self._program()
+        self._usable = usable
+        return head << 12 | off
+
+    def append(self, kind, parts, reserve=0):
+        """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
+
+        reserve: sectors that must be left to be given up beside those this record needs.
+        Raises ValueError if the body exceeds max_body; JournalFull, and nothing was programmed (but the OPEN behind a
+        CLOSE); JournalUnavailable if it is not mounted; OSError from the device.  After that one, or any exception
+        that comes in the middle of it, nothing can be appended until it is mounted again.
+        """
+        n = 0
+        for part in parts:
+            n += len(part)
+        if not self._carrying:
+            if n > self.max_body:
+                raise ValueError("%d bytes are too many for the journal, at most %d" % (n, self.max_body))
+            if not self._usable:
+                raise JournalUnavailable("the journal is not mounted, or its device failed: mount it again")
+            if self._closed:
+                self._closed = False
+                self._write(_OPEN, 0)  # close() left the room
+            size = self.room_for(n)
+            if reserve and self._tight or self._off + size > _SECTOR:
+                self._make_room(size, reserve)
+        return self._write(kind, n, parts)
+
+    def copy(self, pos, parts=(), skip=0):
+        """For the owner's carry(): append the record at pos once more, with parts in place of the first skip bytes of
+        its body, and return its new position.
+
+        Raises JournalCorrupt if the bytes copied do not pass their checksum.
+        """
+        size = self.load(pos)
+        if not size:
+            raise JournalCorrupt(pos)
+        kind = self.buf[0]
+        n = size - _OVERHEAD
+        arg = n - skip
+        for part in parts:
+            arg += len(part)
+        if n + 4 <= _PAGE:
+            return self._write(kind, arg, tuple(parts) + (self.buf[4 + skip : 4 + n],))
+        try:
+            new = self._write(kind, arg, self._pieces(pos, n, parts, skip))
+            if self._torn:
+                raise JournalCorrupt(pos)
+        finally:
+            self._torn = False
+        return new
+
+    def _pieces(self, pos, n, parts, skip):
+        """parts, then the body of the record just loaded from byte skip on, in pieces.
+
+        They are read a second time, and cells that power failed on may read differently.  ._torn then tells that they
+        do not pass the record's checksum, and _write() programs one that nothing passes.
+        """
+        crc = crc32(self.buf[:4], self._seed(pos >> 12))
+        for part in parts:
+            yield part
+        done = 0
+        while done < n:
+            piece = self.buf[: min(n - done, _PAGE)]
+            self.read(pos, 4 + done, piece)
+            crc = crc32(piece, crc)
+            done += len(piece)
+            if done > skip:
+                yield piece[max(0, skip - done + len(piece)) :]
+        self.read(pos, 4 + n, self.buf[:4])
+        self._torn = crc != unpack_from("<I", self.buf)[0]
+
+    # -- sectors
+
+    def _erase(self, sector):
+        """Erase a dead sector and program its header: only then is it trusted, an erase cut short can read blank."""
+        usable = self._usable
+        self._usable = False
+        if self._void >= 0 and self._void != sector:
+            # The head's TAIL, which says that it does not count, will not last.
+            if self._void_from:
+                self._zero(self._void, self._void_from, _SECTOR)
+            else:
+                self._disown(self._void)
+        self._void = -1
+        self._seqs[sector] = 0
+        self._device.ioctl(6, sector)
+        self.erases += 1
+        self._put_header(sector)
+        self._usable = usable
+
+    def _put_header(self, sector):
+        device = self._device
+        head = bytearray(b"\xff" * self._first)
+        log2 = 2 if self._unit == 4 else 4 if self._unit == 16 else 8
+        flags = 0xFE if self._sums else 0xFF
+        pack_into("<HBBII", head, 0, _MAGIC, _VERSION << 4 | log2, flags, self._next_seq, self._id)
+        if self._sums:
+            for page in range(16):
+                device.readblocks(sector, self.buf, page * _PAGE)
+                pack_into("<H", head, _HEADER + 2 * page, crc32(self.buf) & 0xFFFF)
+        pack_into("<I", head, 12, crc32(self._sums and head[_HEADER:] or b"", crc32(head[:12])))
+        device.writeblocks(sector, head, 0)
+        self._ready = sector
+
+    def _switch(self, victim, leaving, doubt=()):
+        """Make the dead sector victim the head, carrying there what is live in the sector leaving, and the record
+        doubt (kind, body, offset from which on the head so far holds nothing else).  leaving may be the newest sector:
+        it is then replaced as a whole.
+
+        Until something follows the TAIL the new sector does not count, and nothing else is erased: a cut goes back.
+        """
+        usable = self._usable
+        self._usable = False
+        old = self._head
+        whole = leaving == old
+        if self._ready != victim:
+            self._erase(victim)
+        self._ready = -1
+        self._seqs[victim] = self._next_seq
+        self._next_seq += 1
+        self._head = victim
+        self._seek(self._first)
+        if leaving >= 0 and self._seqs[leaving] >= self._oldest:
+            self._carrying = True
+            try:
+                self._owner.carry(leaving, whole)
+            finally:
+                self._carrying = False
+        self._void = -1
+        self._void_seq = self._void_from = 0
+        if whole or doubt:  # all of it that is live was carried; or the one record that was in doubt there
+            self._void = old
+            self._void_seq = self._seqs[old]
+        if whole:
+            self._seqs[old] = 0
+        if doubt:
+            kind, body, self._void_from = doubt
+            if whole:
+                self._void_from = 0
+            self._rewrite(kind, body)
+        oldest = self._owner.oldest()
+        self._oldest = self.seq if oldest is None else oldest
+        self._snapshot(_TAIL)
+        self._usable = usable
+
+    def _snapshot(self, kind):
+        """Program a record that says all that the owner has to know."""
+        head = pack("<IIH", self._oldest, self._void_seq, self._void_from)
+        state = self._owner.state()
+        self._tail_at = self._write(kind, _TAIL_HEAD + len(state), (head, state))
+
+    def _disown(self, sector):
+        """Spoil the header of a sector that does not count, so that no later mount can come to trust it.
+
+        Magic number and journal id stay: a device that shares its flash with a file system knows its sectors by them.
+        """
+        self._seqs[sector] = 0
+        head = bytearray(self._first)
+        pack_into("<H6xI", head, 0, _MAGIC, self._id)
+        self._device.writeblocks(sector, head, 0)
+
+    def _zero(self, sector, a, b):
+        """Program zeros over bytes a..b of a sector."""
+        while a < b:
+            n = min(b, (a | _PAGE - 1) + 1) - a
+            self._device.writeblocks(sector, bytes(n), a)
+            a += n
+
+    def _make_room(self, size, reserve, doubt=()):
+        """Make the head have room for size more bytes, or raise JournalFull before anything is erased.
+
+        The oldest sector is dead, always: it becomes the head.  Then the next oldest must become dead.  If that
+        cannot be, because records wait there whose order must not change, and the record to come is one that helps
+        to get on (reserve 0), the head itself is packed anew.
+        """
+        fits = self._off + size <= _SECTOR
+        if fits and not (reserve and self._tight):
+            return
+        order = self._by_age()
+        if fits:
+            if not self._ways_out(order[1 : 1 + reserve], 0):
+                raise JournalFull("the journal is full")
+            self._tight = False
+            return
+        most = self.room - self._tail_room() - self.room_for(0)
+        limit = most + self.room_for(0) - size
+        laps = _LAPS
+        if doubt:
+            limit = most - size - self.room_for(_HELP)
+            laps = 2 if self._ways_out(order[1:2], size) else 1
+        for k in range(1, min(laps, self.sectors - 1 - reserve)):
+            live = self._live(order[k], False)
+            if not 0 <= live <= most:
+                break
+            if live <= limit:
+                if not self._ways_out(order[k + 1 : k + 1 + reserve], 0):
+                    break
+                for i in range(k - 1):
+                    self._switch(order[i], order[i + 1])
+                    self._write(_OPEN, 0)
+                self._switch(order[k - 1], order[k], doubt)
+                self._tight = not reserve
+                return
+        if reserve or self._owner.live(self._head, True) > limit:
+            raise JournalFull("the journal is full")
+        self._switch(order[0], self._head, doubt)
+
+    def _tail_room(self):
+        return self.room_for(_TAIL_HEAD + len(self._owner.state()))
+
+    def _ways_out(self, sectors, size):
+        """Whether each of these can be given up, and what is carried then could be packed anew with size more bytes
+        and one of the records that help to get on: no way into a full journal that does not lead out again."""
+        tail = max(self._tail_room(), self.room_for(_TAIL_HEAD + self._owner.max_state))
+        most = self.room - tail - self.room_for(0) - self.room_for(_HELP) - size
+        for s in sectors:
+            if self._live(s, False) < 0 or self._live(s, True) > most:
+                return False
+        return True
+
+    def _live(self, sector, whole):
+        return 0 if self._seqs[sector] < self._oldest else self._owner.live(sector, whole)
