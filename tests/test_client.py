@@ -348,7 +348,7 @@ def test_no_session_sends_as_new_subscribes_again_and_tells_the_application():
         await rig.broker.drop()
         await rig.up(2)
         assert await client.drain(20)
-        await rig.broker.expect("SUBSCRIBE 3 cmd/#", connection=2)
+        await rig.broker.expect("SUBSCRIBE 65024 cmd/#", connection=2)
         assert rig.broker.trace(2, without=("SUBSCRIBE",)) == ["CONNECT", "PUBLISH 1 a", "PUBREL 1"]
         assert told == [False, False] and not client.session_present
 
@@ -955,7 +955,7 @@ def test_subscribe_returns_the_granted_qos():
     async def scenario(rig):
         for qos in (0, 1, 2):
             assert await rig.client.subscribe("f%d" % qos, qos) == qos
-        rig.broker.script = [(0, "SUBSCRIBE", 0, bytes((0x90, 3, 0, 1, 1)))]
+        rig.broker.script = [(0, "SUBSCRIBE", 0, bytes((0x90, 3, 0xFE, 0, 1)))]
         assert await rig.client.subscribe("less", 2) == 1
 
     play(scenario)
@@ -1024,7 +1024,7 @@ def test_subscription_is_sent_again_when_the_link_is_lost_before_suback():
 
         async def scenario(rig):
             assert await rig.client.subscribe("f", 2) == 2
-            assert rig.broker.trace() == ["CONNECT", "SUBSCRIBE 1 f", "CONNECT", "SUBSCRIBE 1 f"]
+            assert rig.broker.trace() == ["CONNECT", "SUBSCRIBE 65024 f", "CONNECT", "SUBSCRIBE 65024 f"]
 
         play(scenario, [(1, "SUBSCRIBE", 1, flavour)])
 
@@ -1191,9 +1191,9 @@ GARBAGE = (
     ("PUBLISH", b"\x40\x02\x00\x00"),  # identifier 0
     ("PUBLISH", b"\x40\x80\x80\x80\x80\x01"),
     ("PUBLISH", packet(0x30, b"\x00\x01\xff")),  # a topic that is no UTF-8
-    ("SUBSCRIBE", b"\x90\x03\x00\x02\x03"),  # return code 3
-    ("SUBSCRIBE", b"\x90\x04\x00\x02\x01\x01"),  # two return codes for one filter
-    ("SUBSCRIBE", ack("UNSUBACK", 2)),
+    ("SUBSCRIBE", b"\x90\x03\xfe\x00\x03"),  # return code 3
+    ("SUBSCRIBE", b"\x90\x04\xfe\x00\x01\x01"),  # two return codes for one filter
+    ("SUBSCRIBE", ack("UNSUBACK", 65024)),
 )
 
 
@@ -1408,16 +1408,16 @@ def test_waiting_for_a_message_whose_record_is_gone_ends():
         client = rig.client
         client._pulse_ms = 1
         packet_id = await client.publish("t", "a", qos=1)
-        await client.publish("t", "b", qos=1)
+        await client.publish("u", "b", qos=1)
         memory = rig.nor.mem
-        at = bytes(memory).find(b"\x00\x01t\x00\x01a")
-        memory[at + 5] = 0x7A  # bit rot
+        at = bytes(memory).find(b"\x01\x00ta")
+        memory[at + 3] = 0x7A  # bit rot
         waiting = asyncio.create_task(client.acknowledged(packet_id))
         await turns()
         await client.start()
         await raised(waiting, MessageDropped)
         assert await client.drain(20)
-        assert rig.broker.delivered == [("t", b"b", 1)] and client.stats()["lost"] == 1
+        assert rig.broker.delivered == [("u", b"b", 1)] and client.stats()["lost"] == 1
 
     play(scenario, start=False)
 

@@ -101,6 +101,9 @@ RIGHT = (
     ("client_id with + where no topic has it", minimal(client_id="a+b", telemetry=None, commands__topic="c")),
     ("partition", minimal(journal__home="partition:mqj")),
     ("file", minimal(journal__home="file:/tmp/j")),
+    ("pinned", minimal(journal__home="pinned")),
+    ("pinned in a directory", minimal(journal__home="pinned:/data/mqj")),
+    ("gap", minimal(journal__home="gap")),
     ("ram", minimal(journal__home="ram")),
     ("smallest journal", minimal(journal__size_kib=16)),
     ("largest journal", minimal(journal__size_kib=16384)),
@@ -149,17 +152,26 @@ WRONG = (
     (
         "home",
         minimal(journal__home="flash"),
-        'journal.home: found "flash", expected "auto", "partition:LABEL", "file:PATH" or "ram"',
+        'journal.home: found "flash", expected "auto", "partition:LABEL", "pinned", '
+        '"pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
     ),
     (
         "home without label",
         minimal(journal__home="partition:"),
-        'journal.home: found "partition:", expected "auto", "partition:LABEL", "file:PATH" or "ram"',
+        'journal.home: found "partition:", expected "auto", "partition:LABEL", "pinned", '
+        '"pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
+    ),
+    (
+        "pinned in no whole path",
+        minimal(journal__home="pinned:mqj"),
+        'journal.home: found "pinned:mqj", expected "auto", "partition:LABEL", "pinned", '
+        '"pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
     ),
     (
         "auto with something",
         minimal(journal__home="auto:x"),
-        'journal.home: found "auto:x", expected "auto", "partition:LABEL", "file:PATH" or "ram"',
+        'journal.home: found "auto:x", expected "auto", "partition:LABEL", "pinned", '
+        '"pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
     ),
     (
         "host with scheme",

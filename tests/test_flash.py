@@ -4,8 +4,9 @@ import os
 import sys
 
 import esp32
+from mqtt_durable import flash as homes
 from mqtt_durable.errors import JournalUnavailable
-from mqtt_durable.flash import open_home
+from mqtt_durable.flash import open_home, resolve
 from norsim import Nor
 from raises import raises
 
@@ -197,8 +198,23 @@ def test_auto_on_a_host_is_a_file_in_the_current_directory():
         os.rmdir(_PATH)
 
 
+def test_what_auto_stands_for_can_be_asked():
+    esp32.clear()
+    hosts = homes._HOSTS
+    try:
+        assert resolve("auto") == "file:journal.bin"
+        homes._HOSTS = ()
+        assert resolve("auto") == "pinned"
+        esp32.add_partition("mqj", Nor(_SIZE))
+        assert resolve("auto") == "partition:mqj"
+        assert resolve("pinned:/x") == "pinned:/x" and resolve("gap") == "gap"
+    finally:
+        homes._HOSTS = hosts
+        esp32.clear()
+
+
 def test_bad_homes_and_sizes_are_refused():
-    for home in ("", "flash", "partition", "partition:", "file:", "ram:", "auto:x", "Ram"):
+    for home in ("", "flash", "partition", "partition:", "file:", "ram:", "auto:x", "Ram", "pinned:", "gap:1", ":"):
         assert "partition:LABEL" in str(raises(ValueError, open_home, home, _SIZE))
     for size in (0, 8192, _SIZE + 1, -4096):
         raises(ValueError, open_home, "ram", size)

@@ -14,8 +14,17 @@ from random import getrandbits
 from micropython import const
 
 from .config import client_id as configured_client_id
-from .errors import ConnectRefused, JournalFull, MessageDropped, ProtocolError, MQTTError, SubscribeRefused
-from .flash import open_home
+from .errors import (
+    ConnectRefused,
+    JournalFull,
+    JournalLost,
+    JournalUnavailable,
+    MessageDropped,
+    MQTTError,
+    ProtocolError,
+    SubscribeRefused,
+)
+from .flash import open_home, resolve
 from .journal import Journal
 from .packet import (
     CONNACK,
@@ -44,6 +53,9 @@ _INBOX = const(16)  # messages received that wait for their handler
 _INBOX_BYTES = const(8192)  # their payloads, not counting the last one taken
 _OUTBOX = const(8)  # QoS 0 messages that wait for the writer
 _PULSE_MS = const(1000)
+_RAM_BYTES = const(32768)  # of a journal that lost its home
+_ENDURANCE = const(100000)  # erases of a sector
+_YEAR_MS = 31557600000
 
 
 class Message:
@@ -105,8 +117,18 @@ class Client:
         self._answer_ms = answer_ms
         self._connect_packet(True)  # a bad argument shows here, not in the field
         size = None
+        self.journal_home = "device"  # where the journal lives
+        self._home = None  # that, if it can be opened anew
         if device is None:
-            device, prog_size, size = open_home(journal["home"], journal["size_kib"] * 1024)
+            self.journal_home = self._home = resolve(journal["home"])
+            self._home_bytes = journal["size_kib"] * 1024
+            device, prog_size, size = open_home(self._home, self._home_bytes)
+        self._device = device
+        note = getattr(device, "note", None)  # what of an older journal there was lost
+        self.journal_lost = 1 if note else 0
+        self.last_error = JournalLost(note) if note else None  # what ended the last connection or attempt
+        self._up_ms = 0
+        self._ticks = time.ticks_ms()
         self.store = Store(
             Journal(device, prog_size, size), session["in_flight"], journal["when_full"], self._on_finished
         )
@@ -114,7 +136,6 @@ class Client:
 
         self.connected = False
         self.session_present = False
-        self.last_error = None  # what ended the last connection or attempt
         self.on_connect = None  # called with session_present after each CONNACK
         self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
         self._send = memoryview(bytearray(_SEND_BYTES))
@@ -331,7 +352,12 @@ class Client:
         self._arrived.set()
 
     def stats(self):
-        """Counters since the start of the program, and what is stored now: a flat dict of numbers."""
+        """Counters since the start of the program, and what is stored now: a flat dict of numbers and one text.
+
+        journal_home: the text.  journal_lost: how often another hand took the journal's home away; what waited there is
+        counted in lost.  journal_erases: over the journal's life.  journal_years_left: at the present rate, until the
+        flash has had the 100,000 erases that it is made for; None before the first.  To be asked once in 6 days.
+        """
         store = self.store
         journal = store.journal
         return {
@@ -351,10 +377,24 @@ class Client:
             "connections": self.connections,
             "protocol_errors": self.protocol_errors,
             "unknown_acks": store.session.unknown,
-            "journal_erases": journal.erases,
-            "journal_age": journal.seq,
+            "journal_home": self.journal_home,
+            "journal_lost": self.journal_lost,
+            "journal_erases": journal.seq,
+            "journal_years_left": self._years_left(),
             "journal_damaged": journal.damaged,
         }
+
+    def _years_left(self):
+        now = time.ticks_ms()
+        self._up_ms += time.ticks_diff(now, self._ticks)
+        self._ticks = now
+        journal = self.store.journal
+        if not journal.erases or not self._up_ms or self.journal_home[:3] == "ram":
+            return None
+        # Blocks of a file system take turns.
+        blocks = self._device.sharing() if hasattr(self._device, "sharing") else journal.sectors
+        erases = max(0, _ENDURANCE * blocks - journal.seq)
+        return round(erases / journal.erases * self._up_ms / _YEAR_MS, 1)
 
     # -- connection
 
@@ -402,11 +442,36 @@ class Client:
     def _remount(self):
         """After a failure of the flash what it holds is what counts.  Only while there is no connection.  OSError."""
         store = self.store
-        store.open()
+        waiting = store.waiting
+        try:
+            store.open()
+        except JournalLost as e:
+            self._move(e, waiting)
         for message in [self._handling] + list(self._inbox):
             if message is not None and message.qos and message._epoch == self._epoch:
                 store.session.busy.add(message._packet_id)
         self._sweep()
+
+    def _move(self, error, waiting):
+        """The journal's home is lost for good, and so is what waited there: make a new one, there or else in RAM."""
+        device = None
+        why = ""
+        if self._home is not None:
+            try:
+                device, prog_size, size = open_home(self._home, self._home_bytes, True)
+            except (JournalUnavailable, OSError) as e:
+                why = " (%s)" % e
+        if device is None:
+            self.journal_home = "ram, for %s was lost" % self.journal_home
+            device, prog_size, size = open_home("ram", _RAM_BYTES)
+        self._device = device
+        store = self.store
+        store.journal = Journal(device, prog_size, size)
+        store.session.limit = min(store.session.limit, 4 * store.journal.sectors)
+        store.open()
+        store.lost += waiting
+        self.journal_lost += 1
+        self.last_error = JournalLost("%s; the journal begins anew in %s%s" % (error, self.journal_home, why))
 
     def _sweep(self):
         """End the waiting for messages that are no longer there: their records do not read back."""
@@ -682,6 +747,8 @@ class Client:
 
     def _submit(self, request):
         packet_id = request.packet_id = self.store.session.request_id()
+        if not packet_id:
+            return  # when an answer has come
         topic_filter = request.filter.encode()
         if request.qos is None:
             data = encode_unsubscribe(packet_id, topic_filter)
@@ -697,6 +764,8 @@ class Client:
         for topic_filter, qos in self._wanted.items():
             if topic_filter not in asked and self.store.granted(topic_filter, qos) is None:
                 self._requests.append(_Request(topic_filter, qos))
+        for request in self._requests:
+            request.packet_id = 0
         for request in self._requests:
             self._submit(request)
 
@@ -725,6 +794,10 @@ class Client:
         self._requests.remove(request)
         self.store.session.requests.discard(packet_id)
         request.event.set()
+        for request in self._requests:
+            if not request.packet_id:
+                self._submit(request)
+                break
 
     # -- messages
 

@@ -58,7 +58,7 @@ _EXPECTED = {
     "number": "a whole number %d-%d",
     "sectors": "a multiple of 4, %d-%d",
     "flag": "true or false",
-    "home": '"auto", "partition:LABEL", "file:PATH" or "ram"',
+    "home": '"auto", "partition:LABEL", "pinned", "pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
     "full": '"raise", "wait" or "drop_oldest"',
     "topic_name": "a topic without + and #",
     "topic_filter": "a topic filter: + alone in its level, # alone in the last one",
@@ -222,9 +222,11 @@ def _fits(value, kind, low, high):
     if kind == "home":
         name, colon, rest = value.partition(":")
         if not colon:
-            return name == "auto" or name == "ram"
+            return name in ("auto", "pinned", "gap", "ram")
         # 16: the room for a label in the ESP32's partition table.
-        return (name == "partition" and 1 <= len(rest) <= 16) or (name == "file" and len(rest) > 0)
+        if name == "partition":
+            return 1 <= len(rest) <= 16
+        return (name == "file" and len(rest) > 0) or (name == "pinned" and len(rest) > 1 and rest[0] == "/")
     try:
         size = len(value.encode())
     except ValueError:  # half of a surrogate pair, from a \u escape

@@ -55,6 +55,13 @@ class JournalUnavailable(MQTTError):
     """No flash for the journal could be found or used.  The argument says what was looked for and what to do."""
 
 
+class JournalLost(OSError):
+    """The journal's home was taken away while it was in use, by another hand: all its calls raise this from then on.
+
+    The argument says what happened.  What waited there is lost; nothing else on the flash was harmed.
+    """
+
+
 class MessageDropped(MQTTError):
     """The awaited message was dropped unsent, to make room: journal.when_full is "drop_oldest"."""
 

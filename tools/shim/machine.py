@@ -7,7 +7,7 @@ it was; whoever runs the program starts it again.  On the unix port of MicroPyth
 import sys
 
 if sys.implementation.name == "micropython":
-    from umachine import *  # noqa: F403  mem32, time_pulse_us, ...
+    from umachine import *  # noqa: F403  time_pulse_us, ...
 
 PWRON_RESET = 1
 HARD_RESET = 2
@@ -20,6 +20,25 @@ cause = PWRON_RESET  # what reset_cause() returns
 wdt = None  # the watchdog, once one is started
 temperature_c = 21.0  # what the Pico's sensor measures
 _rtc_memory = b""
+
+
+class _Memory:
+    """Read-only access by address to the Pico's flash, which rp2 has."""
+
+    def __init__(self, size):
+        self._size = size
+
+    def __getitem__(self, address):
+        import rp2
+
+        if address % self._size:
+            raise ValueError("address %08x is not aligned to %d bytes" % (address, self._size))
+        return int.from_bytes(rp2.memory(address - 0x10000000, self._size), "little")
+
+
+mem8 = _Memory(1)
+mem16 = _Memory(2)
+mem32 = _Memory(4)
 
 
 def use_board(name):

@@ -1,7 +1,8 @@
-"""Stand-in for rp2: the flash behind a Pico W's file system, over simulated NOR flash (tools/norsim.py).
+"""Stand-in for rp2: the flash of a Pico W, over simulated NOR flash (tools/norsim.py).
 
 What the real driver (ports/rp2/rp2_flash.c) does silently or fatally is an error here: it checks nothing, programs
 whatever follows a buffer that is not a multiple of 256 bytes, and freezes the board past the end of the flash.
+Negative block numbers reach what lies below the file system, as they do there, if set_flash() was told of anything.
 """
 
 from network import country  # noqa: F401  the same function on a board
@@ -11,16 +12,28 @@ _BLOCK_SIZE = 4096
 _PAGE = 256
 _STOCK_BLOCKS = 212  # of a Pico W
 _nor = None
+_base = 0  # where in _nor the storage area begins
 
 
 class FlashTrap(Exception):
     """A call that would have harmed a real board.  The argument says how."""
 
 
-def set_flash(nor):
-    """Use nor, a Nor with prog_size 256, as the whole storage area; None: a new blank one of a Pico W's size."""
-    global _nor
+def set_flash(nor, storage=None):
+    """Use nor, a Nor with prog_size 256, as the storage area; None: a new blank one of a Pico W's size.
+
+    storage: bytes of the storage area when that is only the end of nor, the whole flash from its first byte on.
+    """
+    global _nor, _base
     _nor = nor
+    _base = nor.size - storage if storage else 0
+
+
+def memory(offset, n):
+    """Return n bytes of the flash as they are seen in memory, offset bytes behind its beginning."""
+    if _nor is None or not 0 <= offset <= _nor.size - n:
+        raise FlashTrap("memory 0x%x: no flash is there, the board would stop in a hard fault" % offset)
+    return bytes(_nor.mem[offset : offset + n])
 
 
 class Flash:
@@ -31,9 +44,10 @@ class Flash:
         if _nor is None:
             _nor = Nor(_STOCK_BLOCKS * _BLOCK_SIZE, _PAGE)
         self._nor = _nor
-        if start != -1 and not (0 <= start < _nor.size and start % _BLOCK_SIZE == 0):
+        storage = _nor.size - _base
+        if start != -1 and not (0 <= start < storage and start % _BLOCK_SIZE == 0):
             raise ValueError
-        self._start = max(start, 0)
+        self._start = _base + max(start, 0)
         if len != -1 and not (0 < len <= _nor.size - self._start and len % _BLOCK_SIZE == 0):
             raise ValueError
         self._size = len if len != -1 else _nor.size - self._start
@@ -70,7 +84,7 @@ class Flash:
 
     def _address(self, n, off, length):
         at = n * _BLOCK_SIZE + off
-        if at < 0:
+        if at < 0 and (not _base or self._start + at < 0):
             raise FlashTrap("block %d offset %d: below the storage, the board would reach its own firmware" % (n, off))
         if at + length > self._size:
             raise FlashTrap("block %d offset %d: past the end of the flash, the board would freeze" % (n, off))
