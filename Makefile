@@ -19,7 +19,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo powercut size lint package clean need-mosquitto need-micropython
+.PHONY: help setup test test-cpython test-upy demo powercut journal pull-journal size lint package clean need-mosquitto need-micropython
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,15 @@ demo: $(VENV) need-mosquitto need-micropython ## a device under power cuts and a
 
 powercut: $(VENV) ## cut the power at every flash operation; ARGS= goes to tools/powercut.py
 	@$(PY) tools/powercut.py $(ARGS)
+
+bench-journal: $(VENV) need-micropython ## flash, CPU and heap the journal costs, beside littlefs; ARGS= names parts
+	@$(PY) tools/bench_journal.py $(ARGS)
+
+journal: $(VENV) ## dump, check or plot a journal: ARGS="dump FILE", "plot FILE -o OUT.svg", "check --port PORT"
+	@$(PY) tools/journal.py $(or $(ARGS),--help)
+
+pull-journal: $(VENV) ## save the journal of the board at PORT= to FILE= (journal.bin); its client must not be running
+	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),$(error PORT=... is missing))
 
 size: $(VENV) ## bytes of .mpy per module
 	@$(PY) tools/size.py

@@ -4,7 +4,8 @@ The device is the real Store, Journal and codec over a Nor; the broker is a mode
 persistent session; between them are two queues of bytes.  No sockets, no clock: a run is a function of its id.
 
     powercut.py                              every workload, every operation, every way to leave it half done
-    powercut.py qos2_publish@17.prefix.3     replay one run: packets both ways, flash operations, what went wrong
+    powercut.py qos2_publish@17.prefix.3     replay one run: packets both ways, flash operations, what went wrong,
+                                             and the sectors as they are then; --plot FILE.svg draws them
     powercut.py --workload wrap --prog-size 256 --weak --nested
 
 An id is workload[/prog_size]@operation.mode.seed, followed by a second @operation.mode.seed for a second cut, counted
@@ -120,7 +121,7 @@ WORKLOADS = {
         12,
         (2, 1),
         handlers=1,
-        newest=65530,
+        newest=65018,
         events={2: "drop", 4: "close", 5: "drop", 7: "offline", 10: "online"},
     ),
     "session_lost": Workload(
@@ -135,7 +136,7 @@ WORKLOADS = {
     "wrap": Workload(44, (1, 2), 24, (2, 1), size=520, burst=1, stuck=38, events={12: "drop", 20: "close"}),
     "receive_wrap": Workload(18, (1,), 72, (2,), size=560, burst=2, every=13),
     "full": Workload(
-        36, (1, 2), 4, (2,), size=420, burst=3, in_flight=3, newest=65505, events={1: "offline", 9: "online"}
+        36, (1, 2), 4, (2,), size=420, burst=3, in_flight=3, newest=64993, events={1: "offline", 9: "online"}
     ),
     "drop_oldest": Workload(
         40,
@@ -497,8 +498,9 @@ def facts(store):
         pos = journal.next(pos)
         if pos < 0:
             break
-        if journal.buf[0] & 0xF0 == 0x10 and store._is_queued(store._packet_id(pos)):
-            messages.append((store._packet_id(pos), journal.buf[0] >> 1 & 3))
+        packet_id = journal.buf[4] | journal.buf[5] << 8
+        if journal.buf[0] & 0xF0 == 0x10 and store._is_queued(packet_id):
+            messages.append((packet_id, journal.buf[0] >> 1 & 3))
             queued += 1
         pos = journal.behind(pos)
     return {
@@ -523,8 +525,10 @@ def used(nor, newest):
         other = Nor(nor.size, nor.prog_size)
         store = Store(Journal(other, nor.prog_size, None, lambda n: b"\x5a" * n))
         store.open()
-        while store.session.newest < newest:
-            store.session.newest = min(store.session.newest + 1000, newest) - 1
+        session = store.session
+        while session.newest != newest:
+            step = min(1000, session.ahead(newest, session.newest))
+            session.newest = store._taken = store._upto = session.back(session.newest, 1 - step)
             packet_id = store.publish("t", b"", 1)
             store.fill(bytearray(64), 0)
             store.on_ack(PUBACK, packet_id)
@@ -968,14 +972,28 @@ def _try(name, prog_size, plans, failures):
     return None
 
 
-def _replay(text):
+def _replay(text, plot=None):
+    import journal  # the tool beside this one, which no board has
+
     name, prog_size, plans = parse_id(text)
+    world = World(WORKLOADS[name], prog_size, plans, print)
     try:
-        run(name, prog_size, plans, print)
+        world.run()
+        print("as promised")
     except Failure as e:
         print("FAILED: %s" % e)
         return 1
-    print("as promised")
+    finally:
+        nor = world.tap.nor
+        print(journal.picture(nor.mem, nor.erases))
+        if plot:
+            from journal_plot import svg
+
+            try:
+                with open(plot, "w", encoding="utf-8") as f:
+                    f.write(svg(journal.Journal(nor.mem, nor.erases), text))
+            except journal.NoJournal as e:
+                print("%s: not drawn: %s" % (plot, e))
     return 0
 
 
@@ -985,6 +1003,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("id", nargs="*", help="replay these")
+    parser.add_argument("--plot", metavar="FILE.svg", help="of one replay: draw the sectors as they are at its end")
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS))
     parser.add_argument("--modes", help="comma between: %s" % " ".join(dict.fromkeys(MODES_PROGRAM + MODES_ERASE)))
     parser.add_argument("--seeds", type=int, default=2, help="of each mode (2)")
@@ -992,9 +1011,11 @@ def main():
     parser.add_argument("--weak", action="store_true", help="also leave cells that read differently each time")
     parser.add_argument("--nested", action="store_true", help="cut a second time, at every operation of the restart")
     args = parser.parse_args()
+    if args.plot and len(args.id) != 1:
+        parser.error("--plot: name one id")
     if args.id:
         try:
-            return max([_replay(text) for text in args.id])
+            return max([_replay(text, args.plot) for text in args.id])
         except ValueError as e:
             parser.error(str(e))
     wanted = args.modes.split(",") if args.modes else None
