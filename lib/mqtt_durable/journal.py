@@ -85,6 +85,7 @@ class Journal(Ring):
                 self._make_room(end, 0)
             except JournalFull:
                 return  # the next mount has to look for the end, nothing worse
+        self._calm = False
         self._write(_CLOSE, (self._tail_at & 0xFFF) >> 2 | (_AHEAD if self._ready >= 0 else 0))
         self._closed = True
 
@@ -98,6 +99,7 @@ class Journal(Ring):
         """
         while not self._mount(owner):
             pass
+        self.seq = self._seqs[self._head]
 
     def _mount(self, owner):
         units, ids = self._read_headers(owner)
@@ -117,7 +119,7 @@ class Journal(Ring):
         # sectors only when it is certain that this one counts.
         foreign = [s for s in range(self.sectors) if seqs[s] and not self._is_ours(s, units, ids)]
         self._disown_all(foreign)
-        self._seek(end)
+        self._off = end
         if not self._settle(begin, last, kind, end, junk):
             return False
         self._disown_all([s for s in range(self.sectors) if s not in foreign])
@@ -166,7 +168,7 @@ class Journal(Ring):
         """Begin anew: fill _seqs; return the units and journal ids of all sectors, 0 without a valid header."""
         self._owner = owner
         self._ready = self._void = -1
-        self._usable = self._carrying = self._closed = self.fresh = False
+        self._usable = self._calm = self._carrying = self._closed = self.fresh = False
         self._tight = True
         self._page[:] = b"\xff" * _PAGE
         self.damaged = 0
@@ -225,7 +227,7 @@ class Journal(Ring):
             if not self._restore(snap):
                 return False
             end = (pos & 0xFFF) + self.room_for(0)
-            self._seek(-(-end // _PAGE) * _PAGE if self._sums else end)
+            self._off = -(-end // _PAGE) * _PAGE if self._sums else end
             return True
         return False
 
@@ -450,12 +452,12 @@ class Journal(Ring):
                 self._zero(self._head, end, mark + 1)
             else:
                 if kind == _CLOSE:
-                    self._seek(end)
+                    self._off = end
                     self._write(_OPEN, 0)  # which may be half there already
                 else:
                     self._zero(self._head, end, mark)
                 self._zero(self._head, mark, free)  # rising: each page tells the next mount to go on to the one behind
-        self._seek(free)
+        self._off = free
         if kind >= _TAIL:
             if self._sums and self._off < _SECTOR:  # that an OPEN stands there must not depend on one that is in doubt
                 self._write(_OPEN, 0)
@@ -482,9 +484,9 @@ class Journal(Ring):
                 if self.load(last):
                     self._owner.replay(kind, last)
                 return True
-            self._seek(last & 0xFFF)
+            self._off = last & 0xFFF
             self._rewrite(kind, body)
-            self._seek(free)
+            self._off = free
         return True
 
     def _is_spoilt(self, off, body):

@@ -74,7 +74,13 @@ class Ring:
         self._tail_at = -1  # the newest snapshot
         self.max_body = 0  # bytes of the largest record body; known when mounted
         self.erases = 0  # since the start of this program
+        self.seq = 0  # age of the newest sector: about the number of erases over the journal's life
         self._owner = None
+        # For append(), which must be quick.
+        self._calm = False  # usable, not closed, not carrying, not tight
+        self._head_crc = 0  # the seed of the newest sector
+        self._white = memoryview(b"\xff" * _PAGE)
+        self._whole = getattr(device, "whole_pages", False)  # it programs nothing smaller
 
     # -- geometry
 
@@ -100,11 +106,6 @@ class Ring:
     def head(self):
         """The newest sector."""
         return self._head
-
-    @property
-    def seq(self):
-        """Age of the newest sector: about the number of erases over the journal's life."""
-        return self._seqs[self._head]
 
     def seq_of(self, pos):
         """Age of the sector that pos lies in, 0 if it holds nothing any more."""
@@ -257,10 +258,6 @@ class Ring:
 
     # -- programming
 
-    def _seek(self, off):
-        self._off = off
-        self._from = self._to = off & (_PAGE - 1)
-
     def _put(self, data):
         """Append data to the page buffer, programming each page as it fills."""
         n = len(data)
@@ -286,9 +283,11 @@ class Ring:
         if a == b:
             return
         off = self._off & ~(_PAGE - 1)
-        page = self._page[a:b]
-        self._device.writeblocks(self._head, page, off + a)
-        page[:] = b"\xff" * (b - a)
+        if self._whole:
+            self._device.writeblocks(self._head, self._page, off)
+        else:
+            self._device.writeblocks(self._head, self._page[a:b], off + a)
+        self._page[a:b] = self._white[a:b]
         self._off = off + b
         self._from = self._to = b & (_PAGE - 1)
 
@@ -298,38 +297,21 @@ class Ring:
         if off + self.room_for(arg if kind < 0x80 else 0) > _SECTOR:
             raise JournalUnavailable("carry() has more than live() said")
         usable = self._usable
-        self._usable = False  # until it is whole: after any exception in between the head ends in half a record
-        head = self._head
-        crc = self._seed_crc if self._seqs[head] == self._seed_seq else self._seed(head)
-        if kind < 0x80 and self._from + arg + _OVERHEAD <= _PAGE:  # on one page: the usual case, made fast
-            page = self._page
-            a = self._from
-            page[a] = kind
-            page[a + 1] = kind ^ arg & 255 ^ arg >> 8 ^ 0xA5
-            page[a + 2] = arg & 255
-            page[a + 3] = arg >> 8
-            i = a + 4
-            for part in parts:
-                k = i + len(part)
-                page[i:k] = part
-                i = k
-            crc = crc32(page[a:i], crc)
-            pack_into("<I", page, i, crc ^ 0xFFFFFFFF if self._torn else crc)
-            self._to = i + 4
-        else:
-            data = bytes((kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg & 255, arg >> 8))
-            crc = crc32(data, crc)
-            self._put(data)
-            for part in parts:
-                crc = crc32(part, crc)
-                self._put(part)
-            if self._torn:
-                crc ^= 0xFFFFFFFF
-            # The CRC comes last: until it is programmed the record does not exist.
-            self._put(bytes((crc & 255, crc >> 8 & 255, crc >> 16 & 255, crc >> 24)))
+        self._usable = self._calm = False  # until it is whole: after any exception the head ends in half a record
+        self._from = self._to = off & (_PAGE - 1)
+        data = bytes((kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg & 255, arg >> 8))
+        crc = crc32(data, self._seed(self._head))
+        self._put(data)
+        for part in parts:
+            crc = crc32(part, crc)
+            self._put(part)
+        if self._torn:
+            crc ^= 0xFFFFFFFF
+        # The CRC comes last: until it is programmed the record does not exist.
+        self._put(bytes((crc & 255, crc >> 8 & 255, crc >> 16 & 255, crc >> 24)))
         self._program()
         self._usable = usable
-        return head << 12 | off
+        return self._head << 12 | off
 
     def append(self, kind, parts, reserve=0):
         """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
@@ -342,6 +324,34 @@ class Ring:
         n = 0
         for part in parts:
             n += len(part)
+        off = self._off
+        a = off & (_PAGE - 1)
+        if self._calm and a + n + _OVERHEAD <= _PAGE and off < _SECTOR:
+            # On one page of a sector that has room: nearly always, so this is all in one piece.
+            page = self._page
+            try:
+                page[a] = kind
+                page[a + 1] = kind ^ n ^ 0xA5
+                page[a + 2] = n
+                page[a + 3] = 0
+                i = a + 4
+                for part in parts:
+                    b = i + len(part)
+                    page[i:b] = part
+                    i = b
+                pack_into("<I", page, i, crc32(page[a:i], self._head_crc))
+                unit = self._unit
+                b = (i + 3 + unit) & -unit
+                if self._whole:
+                    self._device.writeblocks(self._head, page, off - a)
+                else:
+                    self._device.writeblocks(self._head, page[a:b], off)
+                page[a:b] = self._white[a:b]
+                self._off = off - a + b
+            except:  # noqa: E722  the head ends in half a record
+                self._usable = self._calm = False
+                raise
+            return self._head << 12 | off
         if not self._carrying:
             if n > self.max_body:
                 raise ValueError("%d bytes are too many for the journal, at most %d" % (n, self.max_body))
@@ -353,7 +363,10 @@ class Ring:
             size = self.room_for(n)
             if reserve and self._tight or self._off + size > _SECTOR:
                 self._make_room(size, reserve)
-        return self._write(kind, n, parts)
+        pos = self._write(kind, n, parts)
+        self._calm = self._usable and not self._carrying and not self._tight
+        self._head_crc = self._seed(self._head)
+        return pos
 
     def copy(self, pos, parts=(), skip=0):
         """For the owner's carry(): append the record at pos once more, with parts in place of the first skip bytes of
@@ -404,7 +417,7 @@ class Ring:
     def _erase(self, sector):
         """Erase a dead sector and program its header: only then is it trusted, an erase cut short can read blank."""
         usable = self._usable
-        self._usable = False
+        self._usable = self._calm = False
         if self._void >= 0 and self._void != sector:
             # The head's TAIL, which says that it does not count, will not last.
             if self._void_from:
@@ -440,7 +453,7 @@ class Ring:
         Until something follows the TAIL the new sector does not count, and nothing else is erased: a cut goes back.
         """
         usable = self._usable
-        self._usable = False
+        self._usable = self._calm = False
         old = self._head
         whole = leaving == old
         if self._ready != victim:
@@ -449,7 +462,8 @@ class Ring:
         self._seqs[victim] = self._next_seq
         self._next_seq += 1
         self._head = victim
-        self._seek(self._first)
+        self.seq = self._seqs[victim]
+        self._off = self._first
         if leaving >= 0 and self._seqs[leaving] >= self._oldest:
             self._carrying = True
             try:

@@ -34,6 +34,7 @@ _TOPICS = const(8)  # of which it is known where they stand in the newest sector
 _GRACE_BYTES = const(2048)  # payloads that wait in RAM, see settle()
 _UNSAID = const(63)
 _NOWHERE = const(0xFFFFFFFF)
+_IDS = const(65023)  # as in session
 _LEAP = const(16)  # more than messages can be handled and not yet recorded
 
 
@@ -60,6 +61,9 @@ class Store(Recall):
         self._answers = bytearray(_ANSWERS)
         self._topics = {}  # topic name -> reference in the sector of that seq
         self._topics_seq = 0
+        self._head = bytearray(4)
+        self._reserve_for = -1  # bytes of the body that _reserved is for
+        self._reserved = 1
         self._sent_at = -1  # where the topic sent last stands
         self._sent_seq = 0
         self._sent_topic = b""
@@ -115,72 +119,87 @@ class Store(Recall):
         if self._urgent:
             self.commit()
         journal = self.journal
-        topic = topic_name.encode() if isinstance(topic_name, str) else bytes(topic_name)
-        if self._topics_seq != journal.seq:
-            self._topics.clear()
-            self._topics_seq = journal.seq
-        ref = self._topics.get(topic, 0)
+        topic = topic_name
+        if type(topic) is not bytes:
+            topic = topic.encode() if isinstance(topic, str) else bytes(topic)
+        ref = self._topics.get(topic, 0) if self._topics_seq == journal.seq else 0
         if not ref:
             check_topic(topic)
-        rest = 6 if mark is None else 14
         size = len(topic) + len(payload)
-        if rest + size > journal.max_body:
-            raise ValueError(
-                "topic and payload have %d bytes, the journal holds messages of at most %d"
-                % (size, journal.max_body - rest)
-            )
-        if self.queued >= _MOST_QUEUED:
-            raise JournalFull("no free packet identifier: %d messages wait" % self.queued)
+        if size + 14 > journal.max_body:
+            rest = 6 if mark is None else 14
+            if size + rest > journal.max_body:
+                raise ValueError(
+                    "topic and payload have %d bytes, the journal holds messages of at most %d"
+                    % (size, journal.max_body - rest)
+                )
         session = self.session
-        packet_id = session.new_id()
-        # At once into the window: it need not be looked for on flash.
-        at_once = self.online and self._taken == session.newest and len(session.out) < session.limit
-        if self._grace:
-            if at_once and qos == 1 and mark is None and self._held_bytes + size <= _GRACE_BYTES:
-                self._held[packet_id] = topic, bytes(payload), retain
-                self._held_bytes += size
-                session.out[packet_id] = 1
-            else:
-                self.settle()  # in order
-        if packet_id not in self._held:
+        newest = session.newest
+        packet_id = newest % _IDS + 1
+        if not packet_id & 511:
+            packet_id = session.new_id()
+        at_once = False
+        if self._taken == newest:
+            # At once into the window: it need not be looked for on flash.
+            at_once = self.online and len(session.out) < session.limit
+        elif self.queued >= _MOST_QUEUED:
+            raise JournalFull("no free packet identifier: %d messages wait" % self.queued)
+        if self._grace and self._keeps(packet_id, topic, payload, qos, retain, mark, at_once):
+            where = 1
+        else:
             pos = self._record(packet_id, topic, payload, qos, retain, mark, ref)
-            if at_once:
-                session.out[packet_id] = pos << 2 | qos
-            elif not self.queued:
+            where = pos << 2 | qos
+            if not at_once and self._taken == newest:
                 self._cursor = pos
             self.stored += 1
         # Not before: a snapshot taken on the way must not count this message among those before it.
         session.newest = packet_id
         if at_once:
+            session.out[packet_id] = where
             self._taken = packet_id
             self._direct.append(packet_id)
         if mark is not None:
             self.mark = mark
         return packet_id
 
+    def _keeps(self, packet_id, topic, payload, qos, retain, mark, at_once):
+        """Whether a message can wait in RAM for its grace to be over.  If not, those that do are recorded: in order."""
+        size = len(topic) + len(payload)
+        if at_once and qos == 1 and mark is None and self._held_bytes + size <= _GRACE_BYTES:
+            self._held[packet_id] = topic, bytes(payload), retain
+            self._held_bytes += size
+            return True
+        self.settle()
+        return False
+
     def _record(self, packet_id, topic, payload, qos, retain, mark, ref):
         """Program a PUB record, dropping others for it if need be; return its position."""
         journal = self.journal
         kind = _PUB | qos << 1 | (1 if retain else 0)
-        head = bytearray(4)
-        head[0] = packet_id & 255
-        head[1] = packet_id >> 8
+        head = self._head
         if mark is not None:
             kind |= 8
-            head += pack("<q", mark)
-        n = len(head) + len(payload)
-        reserve = self._reserve(n + 2 + len(topic))
+            head = bytearray(12)
+            pack_into("<q", head, 4, mark)
+        head[0] = packet_id & 255
+        head[1] = packet_id >> 8
+        n = len(head) + len(payload) + len(topic) + 2
+        if n != self._reserve_for:
+            self._reserve_for = n
+            self._reserved = self._reserve(n)
+        if ref and not journal.fits(n):
+            ref = 0  # the topic stands in a sector that will not be the newest
         while True:
-            if ref and not journal.fits(n):
-                ref = 0  # the topic stands in a sector that will not be the newest
-            distance = self.session.ahead(packet_id, self._upto) - 1
+            distance = (packet_id - self._upto - 1) % _IDS
             if distance > _UNSAID:
                 distance = _UNSAID
             head[2] = distance | (ref & 3) << 6
             head[3] = ref >> 2
-            parts = (head, payload) if ref else (head, pack("<H", len(topic)), topic, payload)
             try:
-                pos = journal.append(kind, parts, reserve)
+                if ref:
+                    pos = journal.append(kind, (head, payload), self._reserved)
+                else:
+                    pos = journal.append(kind, (head, pack("<H", len(topic)), topic, payload), self._reserved)
                 break
             except JournalFull:
                 if not self._drops or not self._drop():
@@ -206,10 +225,7 @@ class Store(Recall):
             if held is None:
                 continue
             topic, payload, retain = held
-            if self._topics_seq != self.journal.seq:
-                self._topics.clear()
-                self._topics_seq = self.journal.seq
-            ref = self._topics.get(topic, 0)
+            ref = self._topics.get(topic, 0) if self._topics_seq == self.journal.seq else 0
             session.out[packet_id] = self._record(packet_id, topic, payload, 1, retain, None, ref) << 2 | 1
             self._drop_held(packet_id)
             self.stored += 1
@@ -399,25 +415,24 @@ class Store(Recall):
 
     def _advance(self):
         """The oldest message is finished: find the next one that is not."""
-        session = self.session
-        out = session.out
+        out = self.session.out
         upto = self._upto
         taken = self._taken
         while upto != taken:
-            after = session.back(upto, -1)
+            after = upto % _IDS + 1
             if after in out:
                 break
             upto = after
         self._upto = upto
 
     def _done(self, packet_id):
-        if packet_id in self._held:
+        if self._held and packet_id in self._held:
             self._drop_held(packet_id)
             self.spared += 1
             self._advance()
             return
         self._late += 1
-        if self._upto == self.session.back(packet_id, 1):
+        if self._upto % _IDS + 1 == packet_id:
             self._advance()
         else:
             self._note(DONE, packet_id)
@@ -509,8 +524,11 @@ class Store(Recall):
 
     def on_ack(self, packet, packet_id):
         """A PUBACK, PUBREC, PUBREL or PUBCOMP came.  Raises ProtocolError, JournalFull, OSError."""
-        self._ready()
-        self._act(self.session.acknowledged(packet, packet_id), packet_id)
+        if self._late >= _LAZY or self._used > _PENDING - _LONGEST:
+            self.commit()
+        action = self.session.acknowledged(packet, packet_id)
+        if action:
+            self._act(action, packet_id)
 
     def on_publish(self, qos, packet_id):
         """A QoS 1 or 2 PUBLISH came: return whether to deliver it.  Raises ProtocolError."""

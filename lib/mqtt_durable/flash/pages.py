@@ -18,6 +18,7 @@ class Pages:
     """
 
     prog_size = 4
+    whole_pages = True  # a caller with a page in RAM does better to pass all of it
 
     def __init__(self, flash, first, count):
         self._flash = flash
@@ -33,6 +34,9 @@ class Pages:
     def writeblocks(self, n, buf, off=None):
         """Program buf at sector n, off bytes into it; without off erase the sectors it fills first."""
         size = len(buf)
+        if size == _PAGE and off is not None and not off & (_PAGE - 1) and 0 <= off < _SECTOR and 0 <= n < self._count:
+            self._flash.writeblocks(self._first + n, buf, off)
+            return
         self._check(n, off or 0, size)
         if off is None:
             if size % _SECTOR:

@@ -90,6 +90,7 @@ class PinnedDevice:
     def __init__(self, fs, flash, path, size, rehome_laps=_REHOME_LAPS, anew=False):
         self._fs = fs
         self._flash = flash
+        self.whole_pages = getattr(flash, "whole_pages", False)
         self._path = path
         self._laps = rehome_laps
         self._head = memoryview(bytearray(_HEADER))
