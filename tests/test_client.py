@@ -24,8 +24,8 @@ SECRET = "Kennwort-4711"
 
 
 class Rig:
-    """A broker, a flash and the client on it.  more: arguments of Client; in_flight, when_full, clean, client_id,
-    username, keep_alive_s: of its configuration.  fresh: the journal has known no session with this broker."""
+    """A broker, a flash and the client on it.  more: arguments of Client; in_flight, when_full, grace_ms (absent: always
+    durable), clean, client_id, username, keep_alive_s: of its configuration.  fresh: the journal has known no session with this broker."""
 
     def __init__(self, broker, size=65536, fresh=False, **more):
         self.broker = broker
@@ -52,7 +52,13 @@ class Rig:
             },
             "client_id": options.pop("client_id", "p7"),
             "session": {"clean": options.pop("clean", False), "in_flight": options.pop("in_flight", 16)},
-            "journal": {"home": "ram", "size_kib": 64, "when_full": options.pop("when_full", "raise")},
+            "journal": {
+                "home": "ram",
+                "size_kib": 64,
+                "when_full": options.pop("when_full", "raise"),
+                "durability": "grace" if "grace_ms" in options else "always",
+                "grace_ms": options.pop("grace_ms", 500),
+            },
         }
         options.setdefault("backoff_ms", (1, 8))
         options.setdefault("answer_ms", 30000)

@@ -14,7 +14,7 @@ DEFAULTS = {
     "broker": {"host": "h", "port": 1883, "username": None, "password": None, "keep_alive_s": 60},
     "client_id": "auto",
     "session": {"clean": False, "in_flight": 16},
-    "journal": {"home": "auto", "size_kib": 64, "when_full": "raise"},
+    "journal": {"home": "auto", "size_kib": 64, "when_full": "raise", "durability": "always", "grace_ms": 500},
     "telemetry": {"topic": "devices/{client_id}/telemetry", "every_s": 60, "qos": 1},
     "commands": {"topic": "devices/{client_id}/commands/#", "qos": 2},
 }
@@ -109,6 +109,9 @@ RIGHT = (
     ("largest journal", minimal(journal__size_kib=16384)),
     ("wait", minimal(journal__when_full="wait")),
     ("drop_oldest", minimal(journal__when_full="drop_oldest")),
+    ("grace", minimal(journal__durability="grace")),
+    ("shortest grace", minimal(journal__durability="grace", journal__grace_ms=1)),
+    ("longest grace", minimal(journal__durability="grace", journal__grace_ms=60000)),
     ("filters", minimal(commands__topic="+/a/+/#")),
     ("only #", minimal(commands__topic="#")),
 )
@@ -149,6 +152,19 @@ WRONG = (
         minimal(journal__when_full="drop"),
         'journal.when_full: found "drop", expected "raise", "wait" or "drop_oldest"',
     ),
+    (
+        "durability",
+        minimal(journal__durability="never"),
+        'journal.durability: found "never", expected "always" or "grace"',
+    ),
+    (
+        "flag for durability",
+        minimal(journal__durability=True),
+        'journal.durability: found true, expected "always" or "grace"',
+    ),
+    ("no grace", minimal(journal__grace_ms=0), "journal.grace_ms: found 0, expected a whole number 1-60000"),
+    ("long grace", minimal(journal__grace_ms=60001), "journal.grace_ms: found 60001, expected a whole number 1-60000"),
+    ("null grace", minimal(journal__grace_ms=None), "journal.grace_ms: found null, expected a whole number 1-60000"),
     (
         "home",
         minimal(journal__home="flash"),

@@ -1,7 +1,8 @@
 """The asyncio front end: connection, reconnection, keep-alive, dispatch to the program's handlers.
 
 One task reads, one writes, one keeps the connection up, one runs the program's handlers; none of the first two ever
-runs the program's code.  What must survive power loss is the store's, and is recorded before publish() returns.
+runs the program's code.  What must survive power loss is the store's, and is recorded before publish() returns; or,
+where the configuration has a grace, within that by a task of its own, unless the broker was quicker.
 """
 
 import asyncio
@@ -111,6 +112,7 @@ class Client:
         self._clean = session["clean"]
         self._identity = identity(self.client_id, broker["host"], broker["port"])
         self._waits = journal["when_full"] == "wait"
+        self._grace_ms = journal["grace_ms"] if journal.get("durability") == "grace" else 0
         self._will = will
         self._link = link
         self._backoff_ms = backoff_ms
@@ -130,7 +132,11 @@ class Client:
         self._up_ms = 0
         self._ticks = time.ticks_ms()
         self.store = Store(
-            Journal(device, prog_size, size), session["in_flight"], journal["when_full"], self._on_finished
+            Journal(device, prog_size, size),
+            session["in_flight"],
+            journal["when_full"],
+            self._on_finished,
+            self._grace_ms > 0,
         )
         self.store.open()
 
@@ -154,6 +160,8 @@ class Client:
         self._epoch = 0  # counts the sessions at the broker: a message belongs to the one it came in
         self._last_sent = self._last_received = 0
         self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
+        self._young = []  # (packet identifier, ticks_ms) of the messages in their grace, oldest first
+        self._aging = asyncio.Event()  # there are some
         self._outbox = []
         self._inbox = deque((), _INBOX)
         self._inbox_bytes = 0
@@ -212,13 +220,15 @@ class Client:
             try:
                 self.store.close()
             except (MQTTError, OSError) as e:
-                self.last_error = e  # all that was promised is stored already
+                self.last_error = e  # all that was promised is stored already, but for messages in their grace
 
     # -- the program's calls
 
     async def publish(self, topic, payload, qos=1, retain=False, mark=None):
         """Publish a message; at QoS 1 or 2 it survives power loss from the moment this returns.
 
+        With journal.durability "grace" a QoS 1 message without a mark that is sent at once survives power loss only
+        when the broker has it, or after journal.grace_ms.
         topic: str or bytes.  payload: str or bytes-like.  mark: an integer of 64 bits stored with the message, see
         .mark.  Returns the packet identifier, to be given to acknowledged(); None at QoS 0, which is sent at most
         once, never stored, and discarded while there is no connection.
@@ -248,6 +258,7 @@ class Client:
                     self._remount()
                 try:
                     packet_id = self.store.publish(topic, payload, qos, retain, mark)
+                    self._begin_grace(packet_id)
                     break
                 except JournalFull:
                     if not self._waits:
@@ -262,6 +273,28 @@ class Client:
         self._wake.set()
         await asyncio.sleep_ms(0)  # a program that only publishes must not keep the writer from its turn
         return packet_id
+
+    def _begin_grace(self, packet_id):
+        # Either this one waits in RAM now, or none does any more.
+        if self.store.unsettled:
+            self._young.append((packet_id, time.ticks_ms()))
+            self._aging.set()
+        else:
+            self._young.clear()
+
+    def _settle(self):
+        """Record the messages whose grace is over, and with them all others.  Raises JournalFull, OSError."""
+        self.store.settle()
+        self._young.clear()
+
+    def _settle_now(self):
+        try:
+            if self.store.journal.usable:  # else it will be mounted anew
+                self._settle()
+        except JournalFull as e:
+            self._failed(e)
+        except OSError as e:
+            self._journal_failed(e)
 
     @property
     def mark(self):
@@ -286,13 +319,17 @@ class Client:
             raise MessageDropped("message %d" % packet_id)
 
     async def drain(self, timeout_s=None):
-        """Wait until the broker has every message stored here; return False if that took longer than timeout_s."""
+        """Wait until the broker has every message stored here; return False if that took longer than timeout_s.
+
+        What it does not have then is recorded, also if its grace is not over.
+        """
         try:
             if timeout_s is None:
                 await self._drain()
             elif self.store.waiting or not self.store.journal.usable:
                 await asyncio.wait_for_ms(self._drain(), int(timeout_s * 1000))
         except asyncio.TimeoutError:
+            self._settle_now()
             return False
         return True
 
@@ -355,7 +392,8 @@ class Client:
         """Counters since the start of the program, and what is stored now: a flat dict of numbers and one text.
 
         journal_home: the text.  journal_lost: how often another hand took the journal's home away; what waited there is
-        counted in lost.  journal_erases: over the journal's life.  journal_years_left: at the present rate, until the
+        counted in lost.  unsettled: messages that are in RAM only, until their grace is over; spared: how many the broker
+        had before that, which cost the flash nothing and do not count as stored.  journal_erases: over the journal's life.  journal_years_left: at the present rate, until the
         flash has had the 100,000 erases that it is made for; None before the first.  To be asked once in 6 days.
         """
         store = self.store
@@ -366,6 +404,8 @@ class Client:
             "resent": store.resent,
             "acknowledged": store.acknowledged,
             "waiting": store.waiting,
+            "unsettled": store.unsettled,
+            "spared": store.spared,
             "dropped": store.dropped,
             "lost": store.lost,
             "discarded": self.discarded,
@@ -469,7 +509,7 @@ class Client:
         store.journal = Journal(device, prog_size, size)
         store.session.limit = min(store.session.limit, 4 * store.journal.sectors)
         store.open()
-        store.lost += waiting
+        store.lost += waiting - store.waiting
         self.journal_lost += 1
         self.last_error = JournalLost("%s; the journal begins anew in %s%s" % (error, self.journal_home, why))
 
@@ -520,11 +560,10 @@ class Client:
                     self.on_connect(self.session_present)
                 except Exception as e:
                     self._handler_failed(e)
-            tasks = (
-                asyncio.create_task(self._guard(self._read())),
-                asyncio.create_task(self._guard(self._pulse())),
-                asyncio.create_task(self._guard(self._write())),
-            )
+            tasks = [self._read(), self._pulse(), self._write()]
+            if self._grace_ms:
+                tasks.append(self._age())
+            tasks = [asyncio.create_task(self._guard(task)) for task in tasks]
             await self._down.wait()
             if self._leaving:  # the writer says good-bye
                 await asyncio.wait_for_ms(self._said.wait(), 2000)
@@ -534,6 +573,7 @@ class Client:
                 await _end(*tasks)
             finally:
                 store.disconnected()
+                self._settle_now()
                 for data in self._outbox:
                     if data[0] >> 4 == PUBLISH:
                         self.discarded += 1
@@ -729,6 +769,24 @@ class Client:
                 store.journal.idle()
             stored = store.stored
 
+    async def _age(self):
+        """Record the messages that the broker has not acknowledged within their grace."""
+        young = self._young
+        while True:
+            if not young:
+                self._aging.clear()
+                await self._aging.wait()
+                continue
+            left_ms = self._grace_ms - time.ticks_diff(time.ticks_ms(), young[0][1])
+            if left_ms <= 0:
+                try:
+                    self._settle()
+                except JournalFull as e:  # the broker makes room
+                    self._failed(e)
+                    left_ms = self._pulse_ms
+            if left_ms > 0:
+                await asyncio.sleep_ms(left_ms)
+
     # -- SUBSCRIBE and UNSUBSCRIBE: sent when connected, and again after every reconnection until answered
 
     async def _request(self, topic_filter, qos):
@@ -802,6 +860,10 @@ class Client:
     # -- messages
 
     def _on_finished(self, packet_id, delivered):
+        for i, young in enumerate(self._young):
+            if young[0] == packet_id:
+                del self._young[i]
+                break
         waiter = self._waiters.pop(packet_id, None)
         if waiter is not None:
             waiter.result = delivered

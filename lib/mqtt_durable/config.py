@@ -38,6 +38,8 @@ _TABLE = (
         ("home", "auto", "home", 0, 0),
         ("size_kib", 64, "sectors", 16, 16384),
         ("when_full", "raise", "full", 0, 0),
+        ("durability", "always", "durability", 0, 0),
+        ("grace_ms", 500, "number", 1, 60000),
     )),
     ("telemetry", True, (
         ("topic", "devices/{client_id}/telemetry", "topic_name", 1, 65535),
@@ -60,6 +62,7 @@ _EXPECTED = {
     "flag": "true or false",
     "home": '"auto", "partition:LABEL", "pinned", "pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
     "full": '"raise", "wait" or "drop_oldest"',
+    "durability": '"always" or "grace"',
     "topic_name": "a topic without + and #",
     "topic_filter": "a topic filter: + alone in its level, # alone in the last one",
 }
@@ -219,6 +222,8 @@ def _fits(value, kind, low, high):
         return False
     if kind == "full":
         return value in ("raise", "wait", "drop_oldest")
+    if kind == "durability":
+        return value in ("always", "grace")
     if kind == "home":
         name, colon, rest = value.partition(":")
         if not colon:

@@ -170,7 +170,7 @@ class Journal(Ring):
         self._ready = self._void = -1
         self._usable = self._calm = self._carrying = self._closed = self.fresh = False
         self._tight = True
-        self._page[:] = b"\xff" * _PAGE
+        self._page1[:] = self._page2[:] = self._white
         self.damaged = 0
         ids = array("I", bytes(4 * self.sectors))
         units = array("H", bytes(2 * self.sectors))

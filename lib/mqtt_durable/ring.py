@@ -50,7 +50,10 @@ class Ring:
         self.sectors = count
         self._seqs = array("I", bytes(4 * count))  # 0: no header to be trusted
         self.buf = memoryview(bytearray(_PAGE))  # what load() read
-        self._page = memoryview(bytearray(b"\xff" * _PAGE))  # what is being programmed; blank in between
+        # What is being programmed, blank in between; two pages, for put().
+        self._page = memoryview(bytearray(b"\xff" * (2 * _PAGE)))
+        self._page1 = self._page[:_PAGE]
+        self._page2 = self._page[_PAGE:]
         self._from = 0  # bytes _from.._to of the page wait to be programmed
         self._to = 0
         self._head = count - 1  # sector being filled; a new journal begins behind it
@@ -76,7 +79,7 @@ class Ring:
         self.erases = 0  # since the start of this program
         self.seq = 0  # age of the newest sector: about the number of erases over the journal's life
         self._owner = None
-        # For append(), which must be quick.
+        # For put(), which must be quick.
         self._calm = False  # usable, not closed, not carrying, not tight
         self._head_crc = 0  # the seed of the newest sector
         self._white = memoryview(b"\xff" * _PAGE)
@@ -284,7 +287,7 @@ class Ring:
             return
         off = self._off & ~(_PAGE - 1)
         if self._whole:
-            self._device.writeblocks(self._head, self._page, off)
+            self._device.writeblocks(self._head, self._page1, off)
         else:
             self._device.writeblocks(self._head, self._page[a:b], off + a)
         self._page[a:b] = self._white[a:b]
@@ -313,6 +316,45 @@ class Ring:
         self._usable = usable
         return self._head << 12 | off
 
+    def put(self, kind, head, rest):
+        """append() of head and rest if they fit on two pages of the newest sector and nothing has to be made sure of
+        first, which is the rule; else return 0.  All in one piece: this is what a message costs."""
+        n = len(head) + len(rest)
+        off = self._off
+        unit = self._unit
+        size = (n + 7 + unit) & -unit
+        if not self._calm or n > 248 or off + size > _SECTOR:
+            return 0
+        a = off & (_PAGE - 1)
+        page = self._page
+        try:
+            page[a] = kind
+            page[a + 1] = kind ^ n ^ 0xA5
+            page[a + 2] = n
+            page[a + 3] = 0
+            i = a + 4
+            b = i + len(head)
+            page[i:b] = head
+            i = b + len(rest)
+            page[b:i] = rest
+            pack_into("<I", page, i, crc32(page[a:i], self._head_crc))
+            b = a + size
+            if self._whole:
+                self._device.writeblocks(self._head, self._page1, off - a)
+                if b > _PAGE:
+                    self._device.writeblocks(self._head, self._page2, off - a + _PAGE)
+            elif b <= _PAGE:
+                self._device.writeblocks(self._head, page[a:b], off)
+            else:
+                self._device.writeblocks(self._head, page[a:_PAGE], off)
+                self._device.writeblocks(self._head, page[_PAGE:b], off - a + _PAGE)
+            page[a:b] = self._white[:size]
+            self._off = off + size
+        except:  # noqa: E722  the newest sector ends in half a record
+            self._usable = self._calm = False
+            raise
+        return self._head << 12 | off
+
     def append(self, kind, parts, reserve=0):
         """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
 
@@ -321,37 +363,13 @@ class Ring:
         CLOSE); JournalUnavailable if it is not mounted; OSError from the device.  After that one, or any exception
         that comes in the middle of it, nothing can be appended until it is mounted again.
         """
+        if self._calm and len(parts) == 2:
+            pos = self.put(kind, parts[0], parts[1])
+            if pos:
+                return pos
         n = 0
         for part in parts:
             n += len(part)
-        off = self._off
-        a = off & (_PAGE - 1)
-        if self._calm and a + n + _OVERHEAD <= _PAGE and off < _SECTOR:
-            # On one page of a sector that has room: nearly always, so this is all in one piece.
-            page = self._page
-            try:
-                page[a] = kind
-                page[a + 1] = kind ^ n ^ 0xA5
-                page[a + 2] = n
-                page[a + 3] = 0
-                i = a + 4
-                for part in parts:
-                    b = i + len(part)
-                    page[i:b] = part
-                    i = b
-                pack_into("<I", page, i, crc32(page[a:i], self._head_crc))
-                unit = self._unit
-                b = (i + 3 + unit) & -unit
-                if self._whole:
-                    self._device.writeblocks(self._head, page, off - a)
-                else:
-                    self._device.writeblocks(self._head, page[a:b], off)
-                page[a:b] = self._white[a:b]
-                self._off = off - a + b
-            except:  # noqa: E722  the head ends in half a record
-                self._usable = self._calm = False
-                raise
-            return self._head << 12 | off
         if not self._carrying:
             if n > self.max_body:
                 raise ValueError("%d bytes are too many for the journal, at most %d" % (n, self.max_body))

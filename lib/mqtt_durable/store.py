@@ -75,6 +75,7 @@ class Store(Recall):
         self.restore(b"")
         self._used = 0  # bytes of _pending
         self._urgent = False  # an answer waits for _pending
+        self._special = self._grace  # so publish() has more to think of
         self._late = 0  # messages finished, and no record says so
         self._said = 0  # how far the last record said that all are finished
         self._doubt = False  # CONNECT had gone out and no CONNACK come, before this CONNECT
@@ -116,9 +117,36 @@ class Store(Recall):
         topic_name: str or bytes.  payload: bytes-like.  mark: None or an integer of 64 bits, signed.
         Raises ValueError for a bad argument or a message that no sector can hold, JournalFull, OSError.
         """
+        journal = self.journal
+        session = self.session
+        newest = session.newest
+        packet_id = newest % _IDS + 1
+        if self._topics_seq == journal.seq and self._taken == newest and packet_id & 511 and mark is None:
+            # The usual case, all in one piece: the topic is known, nothing waits behind the window, and it has room.
+            try:
+                ref = self._topics.get(topic_name)
+            except TypeError:  # a bytearray
+                ref = 0
+            upto = self._upto
+            distance = (packet_id - upto - 1) % _IDS
+            out = session.out
+            if ref and self.online and distance < _UNSAID and len(out) < session.limit and not self._special:
+                head = self._head
+                head[0] = packet_id & 255
+                head[1] = packet_id >> 8
+                head[2] = distance | (ref & 3) << 6
+                head[3] = ref >> 2
+                pos = journal.put(_PUB | qos << 1 | (1 if retain else 0), head, payload)
+                if pos:
+                    session.newest = self._taken = packet_id
+                    out[packet_id] = pos << 2 | qos
+                    self._direct.append(packet_id)
+                    self._said = upto
+                    self._late = self._used // 3
+                    self.stored += 1
+                    return packet_id
         if self._urgent:
             self.commit()
-        journal = self.journal
         topic = topic_name
         if type(topic) is not bytes:
             topic = topic.encode() if isinstance(topic, str) else bytes(topic)
@@ -133,9 +161,6 @@ class Store(Recall):
                     "topic and payload have %d bytes, the journal holds messages of at most %d"
                     % (size, journal.max_body - rest)
                 )
-        session = self.session
-        newest = session.newest
-        packet_id = newest % _IDS + 1
         if not packet_id & 511:
             packet_id = session.new_id()
         at_once = False
@@ -518,7 +543,7 @@ class Store(Recall):
             if record == RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
             self._note(record, packet_id, pack("<H", self.received) if record == RECEIVED else b"")
-            self._urgent = True
+            self._urgent = self._special = True
         if action & 15 and self.online:
             self.answers = put_ack(self._answers, self.answers, action & 15, packet_id)
 
@@ -595,6 +620,7 @@ class Store(Recall):
             pack_into("<BHI", upto, 0, UPTO, self._upto, self._unfinished_at() & _NOWHERE)
         self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
         self._urgent = False
+        self._special = self._grace
         self._used = self._late = 0
         self._said = self._upto
 

@@ -16,4 +16,4 @@ class RamDevice(Sectors):
         buf[:] = memoryview(self.mem)[at : at + len(buf)]
 
     def put(self, at, data):
-        self.mem[at : at + len(data)] = data
+        memoryview(self.mem)[at : at + len(data)] = data  # a slice of the array itself would move all behind it
