@@ -108,19 +108,17 @@ class Journal(Ring):
             self._usable = self._closed = True
             return True
         self._ready = -1
-        found = self._find_head(units, ids, seqs)
-        self.fresh = found is None
+        self.fresh = not self._find_head(units, ids, seqs)
         if self.fresh:
             owner.restore(b"")
             self._make()
             return True
-        begin, last, kind, end, junk = found
         # Half erased or half programmed, a header or a TAIL may be read differently the next time.  Another journal's
         # sectors only when it is certain that this one counts.
         foreign = [s for s in range(self.sectors) if seqs[s] and not self._is_ours(s, units, ids)]
         self._disown_all(foreign)
-        self._off = end
-        if not self._settle(begin, last, kind, end, junk):
+        self._off = self._end
+        if not self._settle():
             return False
         self._disown_all([s for s in range(self.sectors) if s not in foreign])
         self._usable = True
@@ -201,13 +199,15 @@ class Journal(Ring):
     def _find_close(self, units, ids):
         """After an orderly shutdown: take up its snapshot and return True."""
         order = [s for s in reversed(self._by_age()) if self._seqs[s]]
-        for s in order[:2]:  # the newest may be one erased ahead
+        for s in order[:2]:
             if units[s] & 0x1FF < self._prog_size:
                 return False
             self._enter(s, units, ids)
             pos = self._last_record(s)
             if pos < 0:
-                continue
+                if self._touched:
+                    return False
+                continue  # it may be one erased ahead
             arg = self.buf[2] | self.buf[3] << 8
             if (s == order[0]) == (arg >= _AHEAD):
                 return False
@@ -234,10 +234,12 @@ class Journal(Ring):
     def _last_record(self, sector):
         """The position of the CLOSE that ends what is programmed in a sector, loaded; -1 if something else does."""
         off = _SECTOR
+        self._touched = False
         while off > _PAGE:
             off -= _PAGE
             self._device.readblocks(sector, self.buf, off)
-            if self._gap(off)[1] != 0xFF:
+            if (self.buf != self._white) if self._sums is None else self._gap(off)[1] != 0xFF:
+                self._touched = True
                 break
         else:
             if self._first == _PAGE:
@@ -271,26 +273,52 @@ class Journal(Ring):
         self._owner.restore(state[_TAIL_HEAD:])
         return True
 
-    def _scan(self, sector, visit):
-        """Call visit(pos, kind) for each valid record.  Return (end, junk, damaged).
+    def _scan(self, sector):
+        """Replay a sector: from its first snapshot on, what stands in front of it are copies.  Afterwards:
 
-        end: offset behind the last valid record.  junk: offset behind the last byte that may have been programmed
-        after it, or end.  damaged: runs of bytes before end that should have been records.
+        _end: offset behind the last valid record.  _junk: offset behind the last byte that may have been programmed
+        after it, or _end.  Return the number of runs of bytes before _end that should have been records.
+        _last, _last_kind, _last_arg, _last_crc: position of the last record, and what tells it from others.
+        _begin: offset behind the last record but one, copies of the last not counted.  _flawed: damaged between them.
+        _tail_at: the last snapshot, or -1.  _tail_end: offset behind TAIL.
         """
-        off = end = junk = self._first
-        damaged = doubt = 0
+        off = end = junk = begin = tail_end = self._first
+        damaged = doubt = flawed = 0
+        last = last_kind = last_arg = 0
+        last_crc = -1
         begins = True  # whether a record may begin at off
+        self._tail_at = -1
+        load = self.load
+        replay = self._owner.replay
+        buf = self.buf
+        unit = self._unit
         while off < _SECTOR:
             pos = sector << 12 | off
-            size = self.load(pos)
+            size = load(pos)
             if size:
+                kind = buf[0]
+                arg = buf[2] | buf[3] << 8
+                crc = self._crc
+                if crc != last_crc or kind != last_kind or arg != last_arg:  # not the same once more
+                    last_crc = crc
+                    last_kind = kind
+                    last_arg = arg
+                    begin = end
+                    flawed = 0
+                last = pos
+                flawed += doubt
                 damaged += doubt
-                self._flaws = doubt
                 doubt = 0
-                off += self._pad(size)
-                end = junk = off
                 begins = True
-                visit(pos, self.buf[0])
+                off += size - 1 + unit & -unit
+                end = junk = off
+                if kind < _TAIL:
+                    if self._tail_at >= 0:
+                        replay(kind, pos)
+                elif kind | 1 == _SNAP:
+                    if kind == _TAIL:
+                        tail_end = end
+                    self._restore(pos)
                 continue
             n, filler = self._gap(off)
             if filler >= 0:  # zeros are what an earlier mount made of a torn record
@@ -304,7 +332,16 @@ class Journal(Ring):
             off += n
             if filler != 0xFF:
                 junk = max(junk, off)
-        return end, junk, damaged
+        self._begin = begin
+        self._end = end
+        self._junk = junk
+        self._last = last
+        self._last_kind = last_kind
+        self._last_arg = last_arg
+        self._last_crc = last_crc
+        self._flawed = flawed
+        self._tail_end = tail_end
+        return damaged
 
     def _length(self, pos):
         """Bytes that the torn record at pos, just loaded, was to take, 0 if its header does not tell.
@@ -321,32 +358,13 @@ class Journal(Ring):
                 return 0
         return self.room_for(head[2] | head[3] << 8 if head[0] < 0x80 else 0)
 
-    def _note(self, pos, kind):
-        buf = self.buf
-        key = bytes(buf[:4]), self._crc
-        if key != self._key:
-            self._key = key
-            self._begin = self._end
-            self._flawed = 0
-        self._flawed += self._flaws  # between the last record but one and the last
-        self._last = pos
-        self._last_kind = kind
-        self._end = (pos & 0xFFF) + self.room_for(buf[2] | buf[3] << 8 if kind < 0x80 else 0)
-        if kind == _TAIL:
-            self._tail_end = self._end
-        if kind | 1 == _SNAP:
-            self._restore(pos)
-        elif kind < _TAIL and self._tail_at >= 0:
-            self._owner.replay(kind, pos)
-
     def _find_head(self, units, ids, seqs):
-        """Find the newest sector that counts and replay it.  Return None if there is no journal, or about that sector:
-        offset behind the last record but one, copies of the last not counted; position and kind of the last; end, junk.
+        """Find the newest sector that counts and replay it, see _scan(); return whether there is one.
 
         seqs: of all sectors.  In _seqs only those remain that hold something.
         """
-        found = None
         unfinished = []
+        found = None
         for s in sorted(range(self.sectors), key=lambda s: -seqs[s]):
             if not seqs[s] or units[s] & 0x1FF < self._prog_size or found and not self._is_ours(s, units, ids):
                 continue
@@ -355,40 +373,37 @@ class Journal(Ring):
             for other in range(self.sectors):
                 ours = self._is_ours(other, units, ids) and other not in unfinished
                 self._seqs[other] = seqs[other] if ours else 0
-            self._last = self._last_kind = 0
-            self._tail_at = -1
-            self._key = None
-            self._end = self._first
             if not found:
                 self._head = s
                 self._off = _SECTOR
-            end, junk, damaged = self._scan(s, self._note)
+            damaged = self._scan(s)
             if not found:
                 if not damaged and (
                     self._tail_at < 0
-                    or self._last_kind == _TAIL and (junk == end or self._sums)
+                    or self._last_kind == _TAIL and (self._junk == self._end or self._sums)
                     or self._begin <= self._tail_end and not self._is_firm(s)
                 ):
                     # Nothing behind its TAIL: it holds only copies, and all that they were made from is still there.
                     # The TAIL may be one that is read differently the next time.  (Nor is it damaged: records follow.)
                     unfinished.append(s)
                     continue
-                key = self._key
-                found = self._begin, self._last, self._last_kind, end, junk
+                found = self._begin, self._end, self._junk, self._last, self._last_kind
+                found += self._last_arg, self._last_crc, self._flawed
             self.damaged += damaged
             if self._tail_at >= 0:
                 break
         else:
             if not found:
-                return None
+                return False
             self._owner.restore(b"")  # every TAIL is damaged: read all there is
             self._oldest = 1
             self._void_seq = 0
             s = -1
         if s != self._head:
             self._catch_up(self.start_of(s) if s >= 0 else self.first())
-        self._key = key
-        return found
+        self._begin, self._end, self._junk, self._last, self._last_kind = found[:5]
+        self._last_arg, self._last_crc, self._flawed = found[5:]
+        return True
 
     def _is_firm(self, sector):
         """Whether a header always reads the same.
@@ -425,15 +440,19 @@ class Journal(Ring):
         if self.load(pos):
             self._owner.replay(kind, pos)
 
-    def _settle(self, begin, last, kind, end, junk):
+    def _settle(self):
         """After a cut: whatever the last program left half done reads the same from now on.
 
-        The last valid record, which is of that kind, lies at last and perhaps in other places from begin to end.
-        junk: behind the last byte that may be torn.
+        The last valid record may lie in several places between _begin and _end.
         Order: first nothing torn can come back to life, then the last record is programmed once more, on a page that
         nothing was torn in.  This may be cut, and begin again, any number of times.
         Return False if the last record no longer reads back: it is gone now, all has to be read again without it.
         """
+        begin = self._begin
+        end = self._end
+        junk = self._junk
+        kind = self._last_kind
+        last = self._last
         # What was torn begins at end, or at the page behind the zeros of a mount that was cut itself.  It need not
         # show.  But for what shows it lies in one page; behind that the cells are good.
         if kind == _CLOSE:
@@ -491,7 +510,9 @@ class Journal(Ring):
 
     def _is_spoilt(self, off, body):
         """Whether what stands at off is left of the last record, programmed to zeros by a mount that was cut."""
-        whole = self._key[0] + bytes(body) + pack("<I", self._key[1])
+        kind = self._last_kind
+        arg = self._last_arg
+        whole = pack("<BBH", kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg) + body + pack("<I", self._last_crc)
         found = bytearray(min(len(whole), _SECTOR - off))
         self._device.readblocks(self._head, found, off)
         for i in range(len(found)):
@@ -500,10 +521,10 @@ class Journal(Ring):
         return True
 
     def _find(self, base, off, end):
-        """The body of the record _key, as one read of it found it whole; None if there is none left in off..end."""
+        """The body of the last record, as one read of it found it whole; None if none is left in off..end."""
         while off < end:
             size = self.load(base | off)
-            if size and self._key == (bytes(self.buf[:4]), self._crc):
+            if size and self._crc == self._last_crc and self.buf[0] == self._last_kind:
                 body = self.body(base | off)
                 if body is not None:
                     return body

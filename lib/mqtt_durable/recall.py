@@ -31,6 +31,7 @@ _NOWHERE = const(0xFFFFFFFF)
 _UNSAID = const(63)  # the distance that says nothing
 _HELD = const(64)  # inbound identifiers that a message of the largest size leaves room for in a snapshot
 _SUBS = const(32)  # subscriptions that are stored
+_IDS = const(65023)  # as in session
 _LAZY = const(16)  # DONEs that may be missing after a cut
 
 
@@ -234,17 +235,17 @@ class Recall:
         out = session.out
         packet_id = buf[4] | buf[5] << 8
         distance = buf[6] & 63
+        newest = session.newest
+        before = (packet_id - 2) % _IDS + 1
         if self._unknown:
-            session.newest = self._taken = self._upto = session.back(packet_id, 1)
+            newest = session.newest = self._taken = self._upto = before
             self._unknown = False
-        if session.is_new(packet_id):
-            mark = unpack_from("<q", buf, 8)[0] if kind & 8 else None
-            before = session.back(packet_id, 1)
-            if before != session.newest:
+        if newest == before or session.is_new(packet_id):
+            if newest != before:
                 # Those in between never came to the journal; so there was no queue, only the window.
                 if self.queued <= self._most:
-                    self._take_to(session.newest)
-                if self._taken == session.newest:
+                    self._take_to(newest)
+                if self._taken == newest:
                     self._taken = before
             session.newest = packet_id
             if self._taken != before:
@@ -254,29 +255,31 @@ class Recall:
                 self._taken = packet_id
             else:
                 self._cursor = pos
-            if mark is not None:
-                self.mark = mark
+            if kind & 8:
+                self.mark = unpack_from("<q", buf, 8)[0]
         elif not self._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
             out[packet_id] = pos << 2 | kind >> 1 & 3
         if distance != _UNSAID:
-            self._finish(session.back(packet_id, distance + 1), -1)
+            last = (packet_id - distance - 2) % _IDS + 1
+            if last != self._upto:
+                self._finish(last, -1)
 
     def _finish(self, last, pos):
         """All messages up to the identifier last are finished; the next one that is not is at pos or, -1, anywhere."""
-        session = self.session
-        out = session.out
-        age = session.ahead(session.newest, last)
-        n = session.ahead(session.newest, self._upto) - age
+        newest = self.session.newest
+        out = self.session.out
+        age = (newest - last) % _IDS
+        n = (newest - self._upto) % _IDS - age
         if n > len(out):
-            for packet_id in [p for p in out if session.ahead(session.newest, p) >= age]:
+            for packet_id in [p for p in out if (newest - p) % _IDS >= age]:
                 del out[packet_id]
         else:
             while n > 0:
                 n -= 1
-                out.pop(session.back(last, n), None)
+                out.pop((last - n - 1) % _IDS + 1, None)
         if n >= 0:
             self._upto = last
-        if age < self.queued:
+        if age < (newest - self._taken) % _IDS:
             self._taken = last
             if pos >= 0:
                 self._cursor = pos

@@ -246,12 +246,21 @@ class Ring:
             if off & 0xFF == 0 and self._sums[i] | self._sums[i + 1] << 8 == crc32(self.buf) & 0xFFFF:
                 return n, 0xFF
             return self._unit, -1
-        filler = self.buf[0]
+        buf = self.buf
+        filler = buf[0]
+        if filler == 0xFF and n == _PAGE and buf == self._white:
+            return n, filler
         if filler == 0 or filler == 0xFF:
-            if self.buf[:n] == bytes((filler,)) * n:
-                return n, filler
-            if self.buf[: self._unit] == bytes((filler,)) * self._unit:
-                return self._unit, filler
+            same = self._white if filler else bytes(128)
+            run = 0
+            step = 128
+            while step >= self._unit:
+                if run + step <= n and buf[run : run + step] == same[:step]:
+                    run += step
+                else:
+                    step >>= 1
+            if run >= self._unit:
+                return run & -self._unit, filler
         return self._unit, -1
 
     def _look_at(self, sector):
