@@ -502,10 +502,15 @@ class Journal(Ring):
             if self._sums:  # where it is encrypted that would spoil it
                 if self.load(last):
                     self._owner.replay(kind, last)
-                return True
-            self._off = last & 0xFFF
-            self._rewrite(kind, body)
-            self._off = free
+            else:
+                self._off = last & 0xFFF
+                self._rewrite(kind, body)
+                self._off = free
+            for _ in range(32):
+                if not self.load(last):
+                    # An earlier mount has found it torn, and been cut while it did away with it.
+                    self._zero(self._head, begin, end)
+                    return False
         return True
 
     def _is_spoilt(self, off, body):
