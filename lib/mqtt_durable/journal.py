@@ -168,7 +168,7 @@ class Journal(Ring):
         self._ready = self._void = -1
         self._usable = self._calm = self._carrying = self._closed = self.fresh = False
         self._tight = True
-        self._page1[:] = self._page2[:] = self._white
+        self._page[:] = b"\xff" * (2 * _PAGE)
         self.damaged = 0
         ids = array("I", bytes(4 * self.sectors))
         units = array("H", bytes(2 * self.sectors))
@@ -238,7 +238,7 @@ class Journal(Ring):
         while off > _PAGE:
             off -= _PAGE
             self._device.readblocks(sector, self.buf, off)
-            if (self.buf != self._white) if self._sums is None else self._gap(off)[1] != 0xFF:
+            if (self.buf != self._page1) if self._sums is None else self._gap(off)[1] != 0xFF:
                 self._touched = True
                 break
         else:

@@ -82,7 +82,6 @@ class Ring:
         # For put(), which must be quick.
         self._calm = False  # usable, not closed, not carrying, not tight
         self._head_crc = 0  # the seed of the newest sector
-        self._white = memoryview(b"\xff" * _PAGE)
         self._whole = getattr(device, "whole_pages", False)  # it programs nothing smaller
 
     # -- geometry
@@ -248,10 +247,10 @@ class Ring:
             return self._unit, -1
         buf = self.buf
         filler = buf[0]
-        if filler == 0xFF and n == _PAGE and buf == self._white:
+        if filler == 0xFF and n == _PAGE and buf == self._page1:
             return n, filler
         if filler == 0 or filler == 0xFF:
-            same = self._white if filler else bytes(128)
+            same = self._page1 if filler else bytes(128)
             run = 0
             step = 128
             while step >= self._unit:
@@ -299,7 +298,7 @@ class Ring:
             self._device.writeblocks(self._head, self._page1, off)
         else:
             self._device.writeblocks(self._head, self._page[a:b], off + a)
-        self._page[a:b] = self._white[a:b]
+        self._page[a:b] = self._page2[a:b]
         self._off = off + b
         self._from = self._to = b & (_PAGE - 1)
 
@@ -357,7 +356,12 @@ class Ring:
             else:
                 self._device.writeblocks(self._head, page[a:_PAGE], off)
                 self._device.writeblocks(self._head, page[_PAGE:b], off - a + _PAGE)
-            page[a:b] = self._white[:size]
+            if b <= _PAGE:
+                page[a:b] = self._page2[a:b]
+            else:  # each page is blank where the other is not
+                b -= _PAGE
+                self._page2[:b] = page[:b]
+                page[a:_PAGE] = self._page2[a:]
             self._off = off + size
         except:  # noqa: E722  the newest sector ends in half a record
             self._usable = self._calm = False
