@@ -5,12 +5,15 @@ Waiting is always for an event; a bound is reached only when something is broken
 
 import asyncio
 import sys
+import time
 
+import mqtt_durable.client as client_module
 from fakebroker import FakeBroker, ack, packet, publish, turns, until
 from mqtt_durable.client import Client
 from mqtt_durable.errors import (
     ConnectRefused,
     JournalFull,
+    JournalLost,
     JournalUnavailable,
     MessageDropped,
     ProtocolError,
@@ -24,8 +27,9 @@ SECRET = "Kennwort-4711"
 
 
 class Rig:
-    """A broker, a flash and the client on it.  more: arguments of Client; in_flight, when_full, grace_ms (absent: always
-    durable), clean, client_id, username, keep_alive_s: of its configuration.  fresh: the journal has known no session with this broker."""
+    """A broker, a flash and the client on it.  more: arguments of Client; in_flight, when_full, grace_ms (without it:
+    always durable), clean, client_id, username, keep_alive_s: of its configuration.  fresh: the journal has known no
+    session with this broker."""
 
     def __init__(self, broker, size=65536, fresh=False, **more):
         self.broker = broker
@@ -1628,10 +1632,11 @@ def test_orderly_close_leaves_a_journal_that_mounts_without_doubt():
 
 
 class _Fault:
-    """Lets the rig's flash fail: .left operations from now on raise OSError(5)."""
+    """Lets the rig's flash fail: .left operations from now on raise .error."""
 
     def __init__(self, nor):
         self.left = 0
+        self.error = OSError(5, "EIO")
         self.hits = 0
         wrap(nor, "writeblocks", self.act)
         wrap(nor, "ioctl", self.act)
@@ -1640,7 +1645,7 @@ class _Fault:
         if self.left and args[0] not in (4, 5):
             self.left -= 1
             self.hits += 1
-            raise OSError(5, "EIO")
+            raise self.error
         return original(*args)
 
 
@@ -1876,3 +1881,247 @@ def test_password_is_in_no_error_and_no_statistic():
 
     script = [(1, "CONNECT", 1, "refuse 4"), (2, "CONNECT", 1, b"rubbish")]
     play(scenario, script, start=False, username="plant", password=SECRET)
+
+
+# A grace: QoS 1 messages need not be stored if the broker is quick.
+
+
+def _on_flash(rig):
+    """What a restart now would find; the device stays as it is."""
+    copy = Nor(rig.nor.size)
+    copy.mem[:] = rig.nor.mem
+    store = Store(Journal(copy))
+    store.open()
+    return store
+
+
+def _waiting_on_flash(rig):
+    return _on_flash(rig).waiting
+
+
+def _texts(broker):
+    return [payload.decode() for _, payload, _ in broker.delivered]
+
+
+def _figures(client):
+    stats = client.stats()
+    return stats["stored"], stats["spared"], stats["unsettled"]
+
+
+def test_message_acknowledged_in_its_grace_is_never_programmed():
+    async def scenario(rig):
+        await rig.up()
+        programs = rig.nor.programs
+        for n in range(20):
+            await rig.client.acknowledged(await rig.client.publish("t", "%d" % n))
+        assert len(rig.broker.delivered) == 20
+        assert rig.nor.programs == programs and _figures(rig.client) == (0, 20, 0)
+        assert not rig.client._young
+
+    play(scenario, grace_ms=60000)
+
+
+class _Clock:
+    """In place of the client's time: goes on when told to."""
+
+    def __init__(self):
+        self.now = time.ticks_add(0, -3)  # and soon wraps
+
+    def __enter__(self):
+        client_module.time = self
+        return self
+
+    def __exit__(self, *_):
+        client_module.time = time
+
+    def ticks_ms(self):
+        return self.now
+
+    def ticks_diff(self, a, b):
+        return time.ticks_diff(a, b)
+
+    def wait(self, ms):
+        self.now = time.ticks_add(self.now, ms)
+
+
+def test_messages_are_recorded_when_the_grace_of_the_oldest_is_over_and_not_before():
+    async def scenario(rig):
+        client = rig.client
+        with _Clock() as clock:
+            await client.start()
+            await rig.up()
+            for n in range(3):
+                ids = []
+                for text in "abc":
+                    ids.append(await client.publish("t", text))
+                    clock.wait(1)
+                await rig.broker.expect("PUBLISH %d c" % ids[2])
+                await rig.broker.send(ack("PUBACK", ids[0]))
+                await until(lambda: client.stats()["unsettled"] == 2)
+                clock.wait(2)  # 5 since a, 4 since b
+                await asyncio.sleep_ms(20)
+                assert _figures(client) == (2 * n, n + 1, 2)
+                clock.wait(1)
+                await until(lambda: client.stats()["unsettled"] == 0)
+                assert _figures(client) == (2 * n + 2, n + 1, 0) and not client._young
+                assert _waiting_on_flash(rig) == 2 * n + 2
+            assert rig.broker.connections == 1
+        await rig.reboot()
+        assert await rig.client.drain(20)
+        assert rig.broker.trace(2)[1:3] == ["PUBLISH 2 dup b", "PUBLISH 3 dup c"]
+
+    play(scenario, [(1, "PUBLISH", 0, "silent")], start=False, grace_ms=5)
+
+
+def test_nothing_wakes_up_while_no_message_is_in_its_grace():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        settled = []
+        wrap(client.store, "settle", lambda original: (settled.append(1), original()))
+        await asyncio.sleep_ms(20)
+        assert not settled and not client._aging.is_set()
+        await client.publish("t", "a", qos=2)
+        await turns()
+        assert not client._aging.is_set()
+
+    play(scenario, grace_ms=1)
+
+
+def test_messages_in_their_grace_are_recorded_at_once_when_the_link_is_lost():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        await _three_unacknowledged(rig)
+        assert _figures(client) == (0, 0, 3)
+        await rig.broker.stop()
+        await until(lambda: not client.connected and client._stream is None)
+        assert _figures(client) == (3, 0, 0) and _waiting_on_flash(rig) == 3
+        await client.publish("t", "d")  # offline: at once
+        assert _waiting_on_flash(rig) == 4
+        await rig.broker.start()
+        assert await client.drain(20)
+        expected = ["CONNECT", "PUBLISH 1 dup a", "PUBLISH 2 dup b", "PUBLISH 3 dup c", "PUBLISH 4 d"]
+        assert rig.broker.trace(2) == expected
+
+    play(scenario, SILENT, grace_ms=60000)
+
+
+def test_messages_in_their_grace_are_recorded_by_close():
+    async def scenario(rig):
+        await rig.up()
+        await _three_unacknowledged(rig)
+        await rig.client.close()
+        assert _figures(rig.client) == (3, 0, 0)
+        client = rig.make()
+        assert client.stats()["waiting"] == 3
+        await client.start()
+        assert await client.drain(20)
+        assert _texts(rig.broker) == ["a", "b", "c"]
+
+    play(scenario, SILENT, grace_ms=60000)
+
+
+def test_messages_in_their_grace_are_recorded_before_drain_gives_up():
+    async def scenario(rig):
+        await rig.up()
+        await _three_unacknowledged(rig)
+        assert not await rig.client.drain(0.01)
+        assert _figures(rig.client) == (3, 0, 0) and _waiting_on_flash(rig) == 3
+
+    play(scenario, SILENT, grace_ms=60000)
+
+
+def test_only_qos_1_without_a_mark_has_a_grace_and_the_default_has_none():
+    for grace in (True, False):
+
+        async def scenario(rig):
+            client = rig.client
+            await rig.up()
+            await client.publish("t", "a")
+            assert client.stats()["unsettled"] == (1 if grace else 0)
+            await client.publish("t", "b", mark=7)
+            assert _waiting_on_flash(rig) == 2 and _on_flash(rig).mark == 7
+            await client.publish("t", "c")
+            await client.publish("t", "d", qos=2)
+            assert client.stats()["unsettled"] == 0 and _waiting_on_flash(rig) == 4
+            assert not client._young
+
+        play(scenario, [(1, "PUBLISH", 0, "silent")], **({"grace_ms": 60000} if grace else {}))
+
+
+def test_full_journal_keeps_messages_in_ram_beyond_their_grace_and_says_so():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        full = [True]
+
+        def settle(original):
+            if full and client.store.unsettled:
+                raise JournalFull("no room")
+            original()
+
+        wrap(client.store, "settle", settle)
+        client._pulse_ms = 1
+        await client.publish("t", "a")
+        await until(lambda: isinstance(client.last_error, JournalFull))
+        client.last_error = None
+        await until(lambda: isinstance(client.last_error, JournalFull))  # tried again
+        assert rig.broker.connections == 1 and client.stats()["unsettled"] == 1
+        assert not await client.drain(0.01)
+        client.last_error = None
+        await rig.broker.drop()
+        await until(lambda: isinstance(client.last_error, JournalFull))
+        await rig.up(2)
+        await rig.broker.expect("PUBLISH 1 dup a")
+        full.clear()
+        await until(lambda: client.stats()["unsettled"] == 0)
+        assert _waiting_on_flash(rig) == 1
+        full.append(True)
+        await client.publish("t", "b")
+        await client.close()
+        assert isinstance(client.last_error, JournalFull)
+        full.clear()
+        await client.start()  # it is in RAM still
+        assert await client.drain(20)
+        assert _texts(rig.broker) == ["a", "b"]
+
+    script = [(1, "PUBLISH", 0, "ignored"), (2, "PUBLISH", 0, "ignored")]
+    play(scenario, script, grace_ms=5)
+
+
+def test_program_that_publishes_more_than_the_broker_takes_loses_nothing_with_a_grace():
+    async def scenario(rig):
+        client = rig.client
+        for n in range(150):
+            await client.publish("t%d" % (n % 3), "%04d" % n + "." * 300)
+            if n == 75:
+                await rig.broker.drop()
+        assert await client.drain(20)
+        assert sorted(set(_numbers(rig.broker))) == list(range(150)) and client.stats()["lost"] == 0
+
+    play(scenario, size=16384, when_full="wait", grace_ms=2)
+
+
+def test_flash_that_fails_while_the_unsettled_are_recorded_loses_none():
+    for error in (OSError(5, "EIO"), JournalLost("taken away")):
+
+        async def scenario(rig):
+            client = rig.client
+            fault = _Fault(rig.nor)
+            fault.error = error
+            await rig.up()
+            await client.publish("t", "stored", qos=2)
+            await client.drain(20)
+            await rig.broker.drop()
+            await rig.up(2)
+            waiting = []
+            for text in "ab":
+                waiting.append(asyncio.create_task(client.acknowledged(await client.publish("t", text))))
+            fault.left = 1 if error.errno == 5 else 1000
+            for task in waiting:
+                await task
+            assert fault.hits and _texts(rig.broker) == ["stored", "a", "b"]
+            assert client.stats()["lost"] == 0 and client.stats()["waiting"] == 0
+
+        play(scenario, [(2, "PUBLISH", 0, "ignored")], grace_ms=20)

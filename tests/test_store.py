@@ -4,11 +4,11 @@ import gc
 import sys
 
 import powercut
-from mqtt_durable.errors import JournalFull, ProtocolError
+from mqtt_durable.errors import JournalFull, JournalUnavailable, ProtocolError
 from mqtt_durable.journal import Journal
 from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC, PUBREL
 from mqtt_durable.store import Store, identity
-from norsim import Nor, PowerCut
+from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng
 from raises import raises
 
 _UNITS = (4, 16, 256)
@@ -1059,3 +1059,496 @@ def test_what_is_live_can_be_asked():
     assert store.is_live(first) and store.is_live(third) and not store.is_live(third + 1)
     store.on_ack(PUBACK, first)
     assert not store.is_live(first) and store.is_live(second)
+
+
+# -- messages in their grace
+
+
+def _graced(nor, in_flight=16, when_full="raise", finished=None):
+    """A store as after a restart, which keeps QoS 1 messages in RAM until settle()."""
+    store = Store(Journal(nor, nor.prog_size, None, lambda n: b"\x5a" * n), in_flight, when_full, finished, True)
+    store.open()
+    return store
+
+
+def _begin_graced(unit=4, sectors=8, **options):
+    nor = Nor(4096 * sectors, unit)
+    store = _graced(nor, **options)
+    store.connected(False, 7)
+    return nor, store
+
+
+def _next_sector(store):
+    """Let records of facts alone move the head on."""
+    seq = store.journal.seq
+    while store.journal.seq == seq:
+        _receive(store, 1)
+        store.commit()
+        store.on_ack(PUBREL, 1)
+        store.commit()
+        store.answers = 0
+
+
+def test_a_message_acknowledged_in_its_grace_costs_no_program_and_no_erase():
+    for unit in _UNITS:
+        done = []
+        nor, store = _begin_graced(unit, finished=lambda packet_id, ok: done.append((packet_id, ok)))
+        programs = nor.programs
+        erases = sum(nor.erases)
+        for turn in range(30):
+            ids = _publish(store, 16)
+            assert store.unsettled == store.waiting == 16 and store.is_live(ids[0])
+            assert [entry[1] for entry in _sent(store)] == ids
+            for packet_id in ids if turn & 1 else reversed(ids):
+                store.on_ack(PUBACK, packet_id)
+        store.settle()
+        store.commit()
+        assert nor.programs == programs and sum(nor.erases) == erases
+        assert store.spared == store.acknowledged == 480 and store.stored == store.waiting == store.unsettled == 0
+        assert len(done) == 480 and all(ok for _, ok in done)
+        assert _peek(nor).waiting == 0
+
+
+def test_settle_records_what_is_left_in_order_and_a_restart_has_it():
+    for unit in _UNITS:
+        nor, store = _begin_graced(unit)
+        ids = _publish(store, 8)
+        _sent(store)
+        for n in (0, 3, 4, 7):
+            store.on_ack(PUBACK, ids[n])
+        assert store.unsettled == 4 and _peek(nor).waiting == 0
+        store.settle()
+        assert (store.unsettled, store.stored, store.spared) == (0, 4, 4)
+        assert _sent(_reopen(nor)) == [(0x3A, ids[n], b"%d" % n) for n in (1, 2, 5, 6)], unit
+        programs = nor.programs
+        store.settle()
+        assert nor.programs == programs
+
+
+def test_an_orderly_end_records_the_unsettled():
+    nor, store = _begin_graced()
+    _publish(store, 3)
+    store.close()
+    assert [entry[2] for entry in _sent(_reopen(nor))] == [b"0", b"1", b"2"]
+
+
+def test_a_restart_loses_the_unsettled_and_nothing_else():
+    for unit in _UNITS:
+        nor, store = _begin_graced(unit)
+        stored = store.publish("t", b"stored", 2)
+        first = _publish(store, 4)
+        _sent(store)
+        store.on_ack(PUBACK, first[1])
+        store.settle()
+        lost = _publish(store, 4)
+        _sent(store)
+        store.on_ack(PUBACK, lost[2])
+        store.on_ack(PUBACK, first[3])
+        store.commit()
+        store = _graced(nor)
+        assert store.session.order()[::-1] == [stored, first[0], first[2]], unit
+        store.connected(True, 7)
+        new = store.publish("t", b"new", 2)
+        assert [entry[1:] for entry in _sent(store)] == [
+            (stored, b"stored"),
+            (first[0], b"0"),
+            (first[2], b"2"),
+            (new, b"new"),
+        ]
+        assert _peek(nor).session.order()[0] == new and store.lost == 0
+
+
+def test_qos_2_and_marks_are_recorded_at_once_behind_the_unsettled_before_them():
+    for unit in _UNITS:
+        for qos, mark in ((2, None), (1, 5), (2, 5)):
+            nor, store = _begin_graced(unit)
+            _publish(store, 3)
+            assert store.unsettled == 3 and store.mark is None
+            store.publish("t", b"3", qos, False, mark)
+            assert store.unsettled == 0
+            found = _reopen(nor)
+            assert found.mark == mark and [entry[2] for entry in _sent(found)] == [b"0", b"1", b"2", b"3"]
+
+
+def test_what_does_not_go_out_at_once_is_recorded_at_once_behind_the_unsettled():
+    for unit in _UNITS:
+        nor, store = _begin_graced(unit, in_flight=4)
+        _publish(store, 4)
+        assert store.unsettled == 4
+        _publish(store, 6, first=4)
+        assert store.unsettled == 0 and _peek(nor).waiting == 10
+        store.on_ack(PUBACK, 1)
+        _publish(store, 1, first=10)  # room in the window, but others come first
+        assert store.unsettled == 0
+        store.disconnected()
+        _publish(store, 1, first=11)
+        assert store.unsettled == 0
+        assert _drain(_reopen(nor, in_flight=4)) == [b"%d" % n for n in range(1, 12)], unit
+
+
+def test_no_more_than_2_kib_wait_in_ram():
+    nor, store = _begin_graced()
+    store.publish("t", bytes(1000), 1)
+    store.publish("t", bytes(1000), 1)
+    assert store.unsettled == 2
+    store.publish("t", bytes(1000), 1)
+    assert store.unsettled == 0 and store.stored == 3
+    store.publish("t", bytes(3000), 1)
+    assert store.unsettled == 0 and store.stored == 4
+    payload = bytearray(b"abc")
+    store.publish("t", payload, 1)
+    payload[:] = b"xyz"  # the caller's own again
+    assert store.unsettled == 1 and _sent(store)[-1][2] == b"abc"
+
+
+def test_the_unsettled_go_out_again_on_the_next_connection():
+    for present in (True, False):
+        nor, store = _begin_graced()
+        ids = _publish(store, 3)
+        store.publish("t", b"three", 1, True)
+        _sent(store)
+        store.on_ack(PUBACK, ids[1])
+        store.disconnected()
+        store.connected(present, 7)
+        new = store.publish("t", b"new", 1)
+        dup = 8 if present else 0
+        assert _sent(store) == [
+            (0x32 | dup, ids[0], b"0"),
+            (0x32 | dup, ids[2], b"2"),
+            (0x33 | dup, ids[2] + 1, b"three"),
+            (0x32, new, b"new"),
+        ]
+        assert store.unsettled == 4 and store.resent == 3
+        for packet_id in (ids[0], ids[2], ids[2] + 1, new):
+            store.on_ack(PUBACK, packet_id)
+        assert store.waiting == 0 and store.stored == 0
+
+
+def test_a_message_settled_in_the_middle_of_being_sent_is_sent_whole():
+    nor, store = _begin_graced()
+    payload = bytes([i * 7 & 255 for i in range(1500)])
+    store.publish("big", payload, 1)
+    buf = memoryview(bytearray(200))
+    data = b""
+    while True:
+        n = store.fill(buf, 0)
+        if not n:
+            break
+        data += bytes(buf[:n])
+        if len(data) == 600:
+            store.settle()
+    packets, rest = powercut.split(data)
+    assert len(packets) == 1 and not rest and powercut.publish_fields(packets[0])[2] == payload
+
+
+def test_what_was_settled_after_a_snapshot_that_knew_of_it_does_not_come_back_when_it_is_finished():
+    for unit in _UNITS:
+        nor, store = _begin_graced(unit)
+        ids = _publish(store, 4)
+        _sent(store)
+        _next_sector(store)
+        assert _peek(nor).waiting == 0
+        store.settle()
+        assert _peek(nor).session.order()[::-1] == ids
+        store.on_ack(PUBACK, ids[1])
+        store.commit()
+        assert _peek(nor).session.order()[::-1] == [ids[0], ids[2], ids[3]]
+        for packet_id in (ids[0], ids[2], ids[3]):
+            store.on_ack(PUBACK, packet_id)
+        store.commit()
+        assert _peek(nor).waiting == 0, unit
+        store.publish("t", b"", 2)
+        assert _peek(nor).waiting == 1
+
+
+def test_a_sector_that_begins_while_the_unsettled_are_recorded_loses_and_doubles_none():
+    for unit in _UNITS:
+        for left in range(0, 400, unit if unit > 4 else 12):
+            nor, store = _begin_graced(unit)
+            while store.journal._off < 4096 - left - unit:
+                if store.on_publish(2, 1):
+                    store.handled(2, 1, store.session.epoch)
+                store.commit()
+                store.on_ack(PUBREL, 1)
+                store.commit()
+                store.answers = 0
+                if store.journal.seq > 1:
+                    break
+            for n in range(6):
+                store.publish("topic/%d" % (n % 3), b"%d" % n, 1)
+            _sent(store)
+            store.settle()
+            store.publish("topic/0", b"6", 2)
+            found = _peek(nor, in_flight=8)
+            found.connected(True, 7)
+            packets, _ = powercut.split(_bytes(found))
+            expected = [("topic/%d" % (n % 3), b"%d" % n) for n in range(7)]
+            assert [powercut.publish_fields(packet)[1:] for packet in packets] == expected, (unit, left)
+            for packet_id in range(1, 7):
+                store.on_ack(PUBACK, packet_id)
+            store.commit()
+            assert _peek(nor).waiting == 1, (unit, left)
+
+
+def test_a_message_stored_at_once_keeps_its_topic_when_the_unsettled_before_it_fill_a_sector():
+    for unit in _UNITS:
+        for size in range(100, 400, 12):
+            nor, store = _begin_graced(unit)
+            first = store.journal.seq
+            number = 0
+            while store.journal.seq == first:
+                for n in range(3):
+                    store.publish("other/%d/%d" % (number, n), b"." * size, 1)
+                store.publish("kept", b"%d" % number, 2)
+                number += 1
+                packets, _ = powercut.split(_bytes(store))
+                assert powercut.publish_fields(packets[-1])[1] == "kept", (unit, size)
+                for packet in packets:
+                    packet_id = powercut.publish_fields(packet)[0]
+                    if packet[0] >> 1 & 3 == 1:
+                        store.on_ack(PUBACK, packet_id)
+                    else:
+                        store.on_ack(PUBREC, packet_id)
+                        _bytes(store)
+                        store.on_ack(PUBCOMP, packet_id)
+            assert store.lost == 0
+
+
+def test_however_many_were_spared_the_next_record_is_known_as_the_newest():
+    for behind in (0, 1):  # how many are always unsettled
+        for spared in (1000, 1100, 3000, 65533):
+            nor, store = _begin_graced(sectors=4)
+            ids = []
+            for _ in range(spared):
+                ids.append(store.publish(b"t", b"", 1))
+                store._direct.clear()  # sent
+                if len(ids) > behind:
+                    store.on_ack(PUBACK, ids.pop(0))
+            assert store.stored <= spared // 480 + 1
+            packet_id = store.publish(b"t", b"a", 2, False, 41)
+            found = _peek(nor)
+            assert found.mark == 41 and found.session.newest == packet_id == found.session.order()[0], (behind, spared)
+
+
+def test_carried_messages_and_unsettled_ones_keep_their_order():
+    for unit in _UNITS:
+        nor, store = _begin_graced(unit, sectors=4)
+        kept = [store.publish("kept", b"a", 1), store.publish("kept", b"b", 2)]
+        _sent(store)
+        for lap in range(6):
+            held = _publish(store, 3)
+            _sent(store)
+            _next_sector(store)
+            assert store.unsettled == (0 if lap == 6 else 3)
+            for packet_id in held if lap & 1 else held[1:]:
+                store.on_ack(PUBACK, packet_id)
+            if not lap & 1:
+                kept.append(held[0])
+            store.settle()
+            store.commit()
+            assert _peek(nor).session.order()[::-1] == kept, (unit, lap)
+        assert store.lost == 0
+
+
+def test_a_failed_flash_mounted_anew_has_the_unsettled_still():
+    for begun in (False, True):  # a snapshot knows of them
+        nor, store = _begin_graced()
+        stored = store.publish("t", b"stored", 2)
+        ids = _publish(store, 3)
+        _sent(store)
+        if begun:
+            _next_sector(store)
+        whole = nor.writeblocks
+        fails = [1]  # the first of them is on the flash then
+
+        def write(*args, fails=fails, whole=whole):
+            fails[0] -= 1
+            if fails[0] < 0:
+                raise OSError(5)
+            return whole(*args)
+
+        nor.writeblocks = write
+        raises(OSError, store.settle)
+        raises(JournalUnavailable, store.publish, "t", b"x", 1)  # not into RAM, which nobody records
+        raises(OSError, _failing_open, store, nor)
+        nor.writeblocks = whole
+        store.disconnected()
+        store.open()
+        assert store.session.order()[::-1] == [stored] + ids and store.unsettled == 2
+        store.connected(True, 7)
+        assert [entry[1] for entry in _sent(store)] == [stored] + ids
+        new = store.publish("t", b"new", 2)
+        assert new == ids[-1] + 1 and _peek(nor).session.order()[::-1] == [stored] + ids + [new]
+        for packet_id in ids:
+            store.on_ack(PUBACK, packet_id)
+        store.commit()
+        assert _peek(nor).session.order() == [new, stored]
+
+
+def _failing_open(store, nor):
+    def read(*_):
+        raise OSError(5)
+
+    whole = nor.readblocks
+    nor.readblocks = read
+    try:
+        store.open()
+    finally:
+        nor.readblocks = whole
+
+
+class _Grace:
+    """A run under cuts.  .live: number -> packet identifier, of what was accepted and not acknowledged; .safe: numbers
+    of these that a restart must find."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.rng = Rng(seed)
+        self.unit = _UNITS[self.rng.below(3)]
+        self.nor = Nor(4096 * (6 if self.unit == 256 else 4), self.unit)
+        self.window = (2, 8, 16)[self.rng.below(3)]
+        self.live = []
+        self.safe = []
+        self.done = []
+        self.released = {}
+        self.ids = {}
+        self.number = 0
+        self.mark = None
+        self.trying_mark = None
+        self.cuts = self.lost = self.spared = 0
+        self.boot()
+
+    def boot(self):
+        self.store = _graced(self.nor, self.window)
+        if not self.store.identity:
+            self.store.begin(7)
+        self.check()
+        self.store.connected(True, 7)
+
+    def check(self):
+        copy = Nor(self.nor.size, self.unit)
+        copy.mem[:] = self.nor.mem
+        store = _reopen(copy, in_flight=self.window)
+        assert store.mark == self.mark or store.mark == self.trying_mark, (self.seed, store.mark, self.mark)
+        self.mark = store.mark
+        found = []
+        ids = {}
+        while True:
+            packets, rest = powercut.split(_bytes(store))
+            assert not rest
+            if not packets:
+                break
+            for packet in packets:
+                if packet[0] >> 4 == 6:
+                    packet_id = powercut.id_of(packet)
+                    number = self.released[packet_id]
+                    store.on_ack(PUBCOMP, packet_id)
+                else:
+                    packet_id, topic, payload = powercut.publish_fields(packet)
+                    number = int(payload)
+                    assert topic == _topic_of(number), (self.seed, number, topic)
+                    if packet[0] >> 1 & 3 == 1:
+                        store.on_ack(PUBACK, packet_id)
+                    else:
+                        store.on_ack(PUBREC, packet_id)
+                        self.released[packet_id] = number
+                if number not in found:
+                    found.append(number)
+                    ids[number] = packet_id
+        fresh = [n for n in found if n in self.live]
+        assert fresh == sorted(fresh), (self.seed, found)
+        missing = [n for n in self.safe if n not in found]
+        assert not missing, (self.seed, self.cuts, missing)
+        back = [n for n in found if n not in self.live and n not in self.done[-17:]]
+        assert not back, (self.seed, self.cuts, back)
+        assert store.lost == 0 and store.waiting == 0
+        self.lost += len([n for n in self.live if n not in found])
+        self.live = sorted(found)
+        self.safe = self.live[:]
+        self.ids = ids
+
+    def step(self):
+        rng = self.rng
+        store = self.store
+        what = rng.below(20)
+        if what < 9:
+            for _ in range(1 + rng.below(6)):
+                number = self.number = self.number + 1
+                qos = 2 if rng.below(8) == 0 else 1
+                mark = number if rng.below(8) == 0 else None
+                payload = b"%d" % number
+                payload = b" " * rng.below(120) + payload
+                self.live.append(number)
+                self.trying_mark = self.mark if mark is None else mark
+                try:
+                    self.ids[number] = store.publish(_topic_of(number), payload, qos, False, mark)
+                except JournalFull:
+                    self.live.remove(number)
+                    break
+                self.mark = self.trying_mark
+                if not store.unsettled:
+                    self.safe = self.live[:]
+        elif what < 15:
+            _bytes(store)
+            for number in self.live[: rng.below(12)]:
+                packet_id = self.ids[number]
+                if packet_id not in store.session.out:
+                    break
+                if rng.below(4) == 0:
+                    continue
+                state = store.session.out[packet_id] & 3
+                if state == 2:
+                    self.released[packet_id] = number
+                    store.on_ack(PUBREC, packet_id)
+                    continue
+                spared = store.spared
+                safe = number in self.safe
+                self.live.remove(number)
+                if safe:
+                    self.safe.remove(number)
+                    self.done.append(number)
+                store.on_ack(PUBACK if state == 1 else PUBCOMP, packet_id)
+                assert (store.spared == spared) == safe, (self.seed, number)
+                self.spared += store.spared - spared
+        elif what < 17:
+            store.settle()
+            self.safe = self.live[:]
+        elif what < 18:
+            _receive(store, 1)
+            store.on_ack(PUBREL, 1)
+            store.commit()
+            store.journal.idle()
+        elif what < 19:
+            store.close()
+            self.safe = self.live[:]
+        else:
+            store.disconnected()
+            store.connected(True, 7)
+
+    def steps(self, n):
+        rng = self.rng
+        for _ in range(n):
+            if rng.below(8) == 0:
+                program = MODES_PROGRAM[rng.below(len(MODES_PROGRAM))]
+                self.nor.cut_after(1 + rng.below(12), program, MODES_ERASE[rng.below(len(MODES_ERASE))], rng.next())
+            try:
+                self.step()
+            except PowerCut:
+                self.cuts += 1
+                self.nor.power_on()
+                self.boot()
+            self.nor.power_on()
+
+
+def _topic_of(number):
+    return "some/topic/%d" % (number * 7 % 5)
+
+
+def test_under_cuts_nothing_that_was_settled_or_stored_at_once_is_lost():
+    totals = [0, 0, 0, 0]
+    for seed in range(20 if sys.implementation.name != "micropython" else 5):
+        run = _Grace(seed)
+        run.steps(200)
+        for i, n in enumerate((run.number, run.cuts, run.lost, run.spared)):
+            totals[i] += n
+    assert min(totals) > 0, totals

@@ -392,9 +392,10 @@ class Client:
         """Counters since the start of the program, and what is stored now: a flat dict of numbers and one text.
 
         journal_home: the text.  journal_lost: how often another hand took the journal's home away; what waited there is
-        counted in lost.  unsettled: messages that are in RAM only, until their grace is over; spared: how many the broker
-        had before that, which cost the flash nothing and do not count as stored.  journal_erases: over the journal's life.  journal_years_left: at the present rate, until the
-        flash has had the 100,000 erases that it is made for; None before the first.  To be asked once in 6 days.
+        counted in lost.  unsettled: messages that are in RAM only until their grace is over; spared: how many the
+        broker had before that, which cost the flash nothing and do not count as stored.  journal_erases: over the
+        journal's life.  journal_years_left: at the present rate, until the flash has had the 100,000 erases that it is
+        made for; None before the first.  To be asked once in 6 days.
         """
         store = self.store
         journal = store.journal

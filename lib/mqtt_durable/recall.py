@@ -259,6 +259,8 @@ class Recall:
                 self.mark = unpack_from("<q", buf, 8)[0]
         elif not self._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
             out[packet_id] = pos << 2 | kind >> 1 & 3
+            if session.ahead(session.newest, packet_id) >= session.ahead(session.newest, self._upto):
+                self._upto = session.back(packet_id, 1)  # given out before the snapshot, recorded after it
         if distance != _UNSAID:
             last = (packet_id - distance - 2) % _IDS + 1
             if last != self._upto:

@@ -32,6 +32,7 @@ _MOST_QUEUED = const(60000)  # of 65023 packet identifiers
 _SUBS = const(32)
 _TOPICS = const(8)  # of which it is known where they stand in the newest sector
 _GRACE_BYTES = const(2048)  # payloads that wait in RAM, see settle()
+_APART = const(960)  # identifiers between two records, see _keeps(): 1024 less a window
 _UNSAID = const(63)
 _NOWHERE = const(0xFFFFFFFF)
 _IDS = const(65023)  # as in session
@@ -60,6 +61,7 @@ class Store(Recall):
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
         self._topics = {}  # topic name -> reference in the sector of that seq
+        self._names = {}  # the same for those given as str: the two kinds are not to be compared
         self._topics_seq = 0
         self._head = bytearray(4)
         self._reserve_for = -1  # bytes of the body that _reserved is for
@@ -69,6 +71,8 @@ class Store(Recall):
         self._sent_topic = b""
         self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.duplicates = 0
         self.spared = 0  # messages that were acknowledged before they had to be stored
+        self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
+        self._held_bytes = 0
         self._forget()
 
     def _forget(self):
@@ -79,13 +83,12 @@ class Store(Recall):
         self._late = 0  # messages finished, and no record says so
         self._said = 0  # how far the last record said that all are finished
         self._doubt = False  # CONNECT had gone out and no CONNACK come, before this CONNECT
-        self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
-        self._held_bytes = 0
+        self._recorded = self.session.newest  # the newest message recorded
         self._topics_seq = 0
         self.disconnected()
 
     def open(self):
-        """Mount the journal and take up what it holds.  OSError only from the device."""
+        """Mount the journal and take up what it holds; what waits in RAM stays there.  OSError only from the device."""
         self._forget()
         self._mounting = True
         try:
@@ -100,14 +103,36 @@ class Store(Recall):
                 pass
         finally:
             self._mounting = False
+        self._recorded = self.session.newest
+        if self._held:
+            self._take_up_held()
         self._look_for_oldest()
         self._said = self._upto
 
+    def _take_up_held(self):
+        """The messages in RAM go into the window again, but for those whose records were found."""
+        session = self.session
+        if self._unknown:  # a journal without any record: its identifiers begin with theirs
+            first = min(self._held, key=lambda packet_id: session.ahead(packet_id, session.newest))
+            session.newest = self._taken = self._recorded = session.back(first, 1)
+            self._unknown = False
+        begin = session.back(session.newest, 1024)
+        for packet_id in sorted(self._held, key=lambda packet_id: session.ahead(packet_id, begin)):
+            if self.is_live(packet_id):
+                self._drop_held(packet_id)
+                continue
+            if session.is_new(packet_id):
+                self._take_to(session.newest)  # after damage only is there a queue
+                session.newest = self._taken = packet_id
+            session.out[packet_id] = 1
+
     def close(self):
         """Record what is pending, then an orderly end.  Raises JournalFull, OSError; all but DONEs is safe already."""
-        self.settle()
-        self.commit()
-        self.journal.close()
+        try:
+            self.settle()
+        finally:
+            self.commit()
+            self.journal.close()
 
     # -- outbound
 
@@ -124,7 +149,7 @@ class Store(Recall):
         if self._topics_seq == journal.seq and self._taken == newest and packet_id & 511 and mark is None:
             # The usual case, all in one piece: the topic is known, nothing waits behind the window, and it has room.
             try:
-                ref = self._topics.get(topic_name)
+                ref = (self._names if isinstance(topic_name, str) else self._topics).get(topic_name)
             except TypeError:  # a bytearray
                 ref = 0
             upto = self._upto
@@ -150,8 +175,7 @@ class Store(Recall):
         topic = topic_name
         if type(topic) is not bytes:
             topic = topic.encode() if isinstance(topic, str) else bytes(topic)
-        ref = self._topics.get(topic, 0) if self._topics_seq == journal.seq else 0
-        if not ref:
+        if self._topics_seq != journal.seq or topic not in self._topics:
             check_topic(topic)
         size = len(topic) + len(payload)
         if size + 14 > journal.max_body:
@@ -172,8 +196,10 @@ class Store(Recall):
         if self._grace and self._keeps(packet_id, topic, payload, qos, retain, mark, at_once):
             where = 1
         else:
-            pos = self._record(packet_id, topic, payload, qos, retain, mark, ref)
+            pos = self._record(packet_id, topic, payload, qos, retain, mark)
             where = pos << 2 | qos
+            if topic is not topic_name and topic in self._topics and isinstance(topic_name, str):
+                self._names[topic_name] = self._topics[topic]
             if not at_once and self._taken == newest:
                 self._cursor = pos
             self.stored += 1
@@ -190,14 +216,23 @@ class Store(Recall):
     def _keeps(self, packet_id, topic, payload, qos, retain, mark, at_once):
         """Whether a message can wait in RAM for its grace to be over.  If not, those that do are recorded: in order."""
         size = len(topic) + len(payload)
-        if at_once and qos == 1 and mark is None and self._held_bytes + size <= _GRACE_BYTES:
+        # A replay knows a message as new only if it is less than 1024 after the newest one recorded.
+        apart = (packet_id - self._recorded) % _IDS
+        if (
+            at_once
+            and qos == 1
+            and mark is None
+            and self._held_bytes + size <= _GRACE_BYTES
+            and apart < (_APART if self._held else _APART // 2)  # rather when it takes no others along
+            and self.journal.usable
+        ):
             self._held[packet_id] = topic, bytes(payload), retain
             self._held_bytes += size
             return True
         self.settle()
         return False
 
-    def _record(self, packet_id, topic, payload, qos, retain, mark, ref):
+    def _record(self, packet_id, topic, payload, qos, retain, mark):
         """Program a PUB record, dropping others for it if need be; return its position."""
         journal = self.journal
         kind = _PUB | qos << 1 | (1 if retain else 0)
@@ -212,9 +247,11 @@ class Store(Recall):
         if n != self._reserve_for:
             self._reserve_for = n
             self._reserved = self._reserve(n)
-        if ref and not journal.fits(n):
-            ref = 0  # the topic stands in a sector that will not be the newest
         while True:
+            # Now, and not before: a record on the way here may have begun a sector.
+            ref = self._topics.get(topic, 0) if self._topics_seq == journal.seq else 0
+            if ref and not journal.fits(n):
+                ref = 0  # the topic stands in a sector that will not be the newest
             distance = (packet_id - self._upto - 1) % _IDS
             if distance > _UNSAID:
                 distance = _UNSAID
@@ -235,9 +272,11 @@ class Store(Recall):
         if not ref:
             if self._topics_seq != journal.seq:
                 self._topics.clear()
+                self._names.clear()
                 self._topics_seq = journal.seq
             if len(self._topics) < _TOPICS:
                 self._topics[topic] = (pos & 0xFFF) >> 2
+        self._recorded = packet_id
         return pos
 
     def settle(self):
@@ -250,8 +289,7 @@ class Store(Recall):
             if held is None:
                 continue
             topic, payload, retain = held
-            ref = self._topics.get(topic, 0) if self._topics_seq == self.journal.seq else 0
-            session.out[packet_id] = self._record(packet_id, topic, payload, 1, retain, None, ref) << 2 | 1
+            session.out[packet_id] = self._record(packet_id, topic, payload, 1, retain, None) << 2 | 1
             self._drop_held(packet_id)
             self.stored += 1
 
