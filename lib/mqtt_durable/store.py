@@ -128,11 +128,15 @@ class Store(Recall):
 
     def close(self):
         """Record what is pending, then an orderly end.  Raises JournalFull, OSError; all but DONEs is safe already."""
+        full = None
         try:
             self.settle()
-        finally:
-            self.commit()
-            self.journal.close()
+        except JournalFull as e:
+            full = e
+        self.commit()
+        self.journal.close()
+        if full:
+            raise full
 
     # -- outbound
 
