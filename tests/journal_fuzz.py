@@ -1,6 +1,7 @@
 """Power cuts at random operations of a journal: journal_fuzz.py [--seeds FIRST LAST | ID ...]
 
-A run is named by its id, unit:seed ("16:1015"), which replays it on CPython and on MicroPython.  The seed picks the
+A run is named by its id, unit:seed ("16:1015"; "sealed:7" is an encrypted partition, its unit 16), which replays it on
+CPython and on MicroPython.  The seed picks the
 sectors, the sizes of the entries, whether the journal is kept full, and for each cut the operation it hits and what it
 leaves: programs and erases half done in every way the simulator knows, cells that read at random from then on, many
 or very few of them, with 256-byte units a whole page ruined; and again during the mounts that follow.
@@ -21,10 +22,12 @@ if __name__ == "__main__":
     host.install()
 
 from ledger import Ledger  # noqa: E402
-from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng  # noqa: E402
+from norsim import MODES_ERASE, MODES_PROGRAM, Encrypted, Nor, PowerCut, Rng  # noqa: E402
 
 from mqtt_durable.errors import JournalFull  # noqa: E402
 
+SEALED = "sealed"  # in place of a unit
+UNITS = (4, 16, 256, SEALED)
 _SIZES = (0, 5, 40, 72, 72, 72, 200, 236, 300, 300, 520, 700)
 _NEVER = 1 << 30
 
@@ -75,9 +78,10 @@ class Run:
     """One run.  .cuts: how many cuts it has had; .mounts, .fulls, .formats, .nested, .tolerated likewise."""
 
     def __init__(self, unit, seed):
-        self.id = "%d:%d" % (unit, seed)
-        self.unit = unit
-        rng = self.rng = Rng(seed * 8 + unit)
+        self.id = "%s:%d" % (unit, seed)
+        self.sealed = unit == SEALED
+        rng = self.rng = Rng(seed * 8 + (1 if self.sealed else unit))
+        self.unit = 16 if self.sealed else unit
         self.sectors = (4, 4, 5, 6, 8, 16)[rng.below(6)]
         self.weak = rng.below(4) > 0
         self.damage = unit == 256 and rng.below(2) == 0
@@ -85,7 +89,7 @@ class Run:
         self.most = 5 + rng.below(40)  # entries, without a window
         self.serial = 0
         self.cuts = self.nested = self.mounts = self.fulls = self.formats = self.closes = self.tolerated = 0
-        self.chip = Chip(self.sectors * 4096, unit)
+        self.chip = Chip(self.sectors * 4096, self.unit)
         self.model = {}
         self.count = 0
         self.past = [({}, 0)]  # the states before, newest first
@@ -97,7 +101,8 @@ class Run:
             return bytes((self.serial & 255, self.serial >> 8, 7, 7))
 
         self.mounts += 1
-        return Ledger(chip, self.unit, window=self.window, urandom=urandom)
+        device = Encrypted(chip) if self.sealed else chip
+        return Ledger(device, self.unit, window=self.window, urandom=urandom)
 
     def _fail(self, text):
         raise Mismatch("journal_fuzz %s: cut %d: %s" % (self.id, self.cuts, text))
@@ -267,11 +272,11 @@ def run(unit, seed, steps=120):
 
 
 def run_seeds(first, last, steps=120, report=None):
-    """Do the runs of the seeds first..last-1 with all three units; return the totals."""
+    """Do the runs of the seeds first..last-1 with all units; return the totals."""
     totals = dict((name, 0) for name in _TOTALS)
     totals["runs"] = totals["spread"] = 0
     for seed in range(first, last):
-        for unit in (4, 16, 256):
+        for unit in UNITS:
             one = run(unit, seed, steps)
             for name in _TOTALS:
                 totals[name] += getattr(one, name)
@@ -298,9 +303,10 @@ def main(arguments):
 
     totals = {}
     if arguments and arguments[0] == "--seeds":
-        ids = [(unit, seed) for seed in range(int(arguments[1]), int(arguments[2])) for unit in (4, 16, 256)]
+        ids = [(unit, seed) for seed in range(int(arguments[1]), int(arguments[2])) for unit in UNITS]
     else:
-        ids = [tuple(int(n) for n in word.split(":")) for word in arguments]
+        words = [word.split(":") for word in arguments]
+        ids = [(unit if unit == SEALED else int(unit), int(seed)) for unit, seed in words]
     for i, (unit, seed) in enumerate(ids):
         try:
             one = run(unit, seed)

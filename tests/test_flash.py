@@ -4,6 +4,7 @@ import os
 import sys
 
 import esp32
+from ledger import Ledger, content
 from mqtt_durable import flash as homes
 from mqtt_durable.errors import JournalUnavailable
 from mqtt_durable.flash import open_home, resolve
@@ -151,11 +152,49 @@ def test_a_partition_is_used_as_it_comes():
         esp32.clear()
 
 
-def test_an_encrypted_partition_is_refused():
+def test_an_encrypted_partition_holds_a_journal():
     esp32.clear()
-    esp32.add_partition("mqj", Nor(_SIZE, 16), encrypted=True)
+    nor = Nor(_SIZE, 16)
+    esp32.add_partition("mqj", nor, encrypted=True)
     try:
-        assert "encrypted" in str(raises(JournalUnavailable, open_home, "auto", _SIZE))
+        device, prog_size, size = open_home("auto", _SIZE)
+        assert isinstance(device, esp32.Partition) and (prog_size, size) == (16, _SIZE)
+        led = Ledger(device, prog_size)
+        for number in range(200):
+            led.add(number, 200)
+            led.remove(number)
+        led.add(200, 300)
+        assert min(nor.erases) > 1 and nor.overprograms == 0 and bytes(content(200, 16)) not in bytes(nor.mem)
+        for orderly in (False, True):
+            device, prog_size, size = open_home("auto", _SIZE)
+            led = Ledger(device, prog_size)
+            assert led.check() == {200: 300} and not led.journal.fresh and led.journal.damaged == 0
+            if not orderly:
+                led.journal.close()
+    finally:
+        esp32.clear()
+
+
+def test_an_encrypted_partition_is_programmed_in_whole_cipher_blocks_only():
+    esp32.clear()
+    nor = Nor(_SIZE)
+    esp32.add_partition("mqj", nor, encrypted=True)
+    try:
+        device = open_home("auto", _SIZE)[0]
+        erased = _read(device, 1, 4096)
+        assert erased != b"\xff" * 4096 and erased == _read(device, 1, 4096) != _read(device, 2, 4096)
+        for size, off in ((4, 0), (15, 16), (16, 4), (32, 8), (20, 32)):
+            raises(OSError, device.writeblocks, 1, bytes(size), off)
+        assert nor.ops == 0
+        data = bytes(range(32))
+        device.writeblocks(1, data, 48)
+        assert _read(device, 1, 32, 48) == data and _read(device, 1, 5, 51) == data[3:8]
+        assert _read(device, 1, 48) == erased[:48] and _read(device, 1, 99, 80) == erased[80:179]
+        device.writeblocks(1, bytes(16), 48)
+        assert _read(device, 1, 16, 48) not in (data[:16], bytes(16)) and _read(device, 1, 16, 64) == data[16:]
+        device.writeblocks(1, data * 128)
+        assert _read(device, 1, 4096) == data * 128
+        assert device.ioctl(6, 1) == 0 and _read(device, 1, 4096) == erased
     finally:
         esp32.clear()
 

@@ -2,20 +2,32 @@
 
 import sys
 
-from journal_fuzz import Chip, Mismatch, run, run_seeds
+from journal_fuzz import SEALED, UNITS, Chip, Mismatch, run, run_seeds
 from ledger import Ledger
 from mqtt_durable.errors import JournalFull, JournalUnavailable
 from mqtt_durable.journal import Journal
 from mqtt_durable.packet import PUBACK
 from mqtt_durable.store import Store
-from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng
+from norsim import MODES_ERASE, MODES_PROGRAM, Encrypted, Nor, PowerCut, Rng
 from raises import raises
 from skip import SkipTest
 
-_UNITS = (4, 16, 256)
 _ADD = 0x10
 # MicroPython takes several times as long: there the cuts are fewer, CPython does them all.
 _THOROUGH = sys.implementation.name != "micropython"
+
+
+def _bytes(unit):
+    return 16 if unit == SEALED else unit
+
+
+def _nor(size, unit):
+    return Nor(size, _bytes(unit))
+
+
+def _ledger(nor, unit, window=None):
+    """What is on nor, mounted."""
+    return Ledger(Encrypted(nor) if unit == SEALED else nor, _bytes(unit), window=window)
 
 
 def _flow(led, first, n, keep=10, size=72):
@@ -43,25 +55,25 @@ def _same(led, other):
 
 
 def test_a_blank_device_becomes_a_journal():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         assert led.journal.fresh and led.journal.seq == 1 and led.journal.damaged == 0
         assert sum(nor.erases) == 1 and nor.overprograms == 0
-        assert not Ledger(nor, unit).journal.fresh
+        assert not _ledger(nor, unit).journal.fresh
 
 
 def test_records_of_every_size_come_back():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         most = led.journal.max_body - 4
         for number, size in enumerate(list(range(280)) + [500, 501, 502, 1000, most - 1, most]):
             led.add(number, size)
             assert led.check()[number] == size
             led.remove(number)
         led.add(1000, most)
-        again = Ledger(nor, unit)
+        again = _ledger(nor, unit)
         assert again.check() == {1000: most} and again.journal.damaged == 0
 
 
@@ -74,47 +86,66 @@ def test_a_record_is_programmed_when_append_returns():
 
 
 def test_clean_mount_programs_nothing():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         _flow(led, 0, 400)
         led.journal.close()
         led.journal.close()
         ops = nor.ops
         for _ in range(3):
-            again = Ledger(nor, unit)
+            again = _ledger(nor, unit)
             assert _same(led, again) and nor.ops == ops and again.journal.damaged == 0
         again.add(1000, 5)
-        assert again.check() == Ledger(nor, unit).check()
+        assert again.check() == _ledger(nor, unit).check()
+
+
+def test_wherever_an_orderly_shutdown_ends_there_is_a_way_on():
+    # A sealed sector goes on at the page behind, and once there was none.
+    for unit in UNITS:
+        nor = _nor(16384, unit)
+        led = _ledger(nor, unit)
+        closed = 0
+        for number in range(900 if _THOROUGH else 250):
+            led.add(number, number * 7 % 90)
+            if number:
+                led.remove(number - 1)
+            if led.journal._off > 3200:
+                led.journal.close()
+                ops = nor.ops
+                led = _ledger(nor, unit)
+                closed += nor.ops == ops
+                assert list(led.check()) == [number]
+        assert closed > (50 if _THOROUGH else 10) and nor.overprograms == 0 and _spread(nor) <= 1
 
 
 def test_unclean_mount_gives_the_same_again_and_again():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         _flow(led, 0, 400)
         for _ in range(40):  # more than the pages of a sector
-            assert _same(led, Ledger(nor, unit))
-        assert nor.overprograms == 0
+            assert _same(led, _ledger(nor, unit))
+        assert nor.overprograms == 0 or unit == SEALED  # there zeros are not all bits 0
 
 
 def test_a_torn_last_record_is_a_normal_boot():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         _flow(led, 0, 20)
         before = led.check()
         nor.cut_after(1, program="bytes", seed=3)
         raises(PowerCut, led.add, 20, 60)
         nor.power_on()
-        again = Ledger(nor, unit)
+        again = _ledger(nor, unit)
         assert again.check() == before and again.journal.damaged == 0 and not again.journal.fresh
 
 
 def test_bit_rot_is_skipped_and_counted():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         for number in range(12):  # all in the newest sector
             led.add(number, 72)
         expected = led.check()
@@ -122,22 +153,24 @@ def test_bit_rot_is_skipped_and_counted():
             pos = led.where[number]
             nor.mem[pos + (20 if number == 3 else 2)] ^= 0x40
             del expected[number]
-        again = Ledger(nor, unit)
-        assert again.check() == expected and again.journal.damaged == 2
+        again = _ledger(nor, unit)
+        assert again.check() == expected
+        # Encrypted, it is not to be told from a torn one that a mount has done away with.
+        assert again.journal.damaged == (0 if unit == SEALED else 2)
         again.add(12, 72)
         again.journal.close()
         expected[12] = 72
-        assert Ledger(nor, unit).check() == expected
+        assert _ledger(nor, unit).check() == expected
 
 
 def test_bit_rot_in_an_older_sector_shows_when_the_record_is_read():
-    for unit in _UNITS:
-        nor = Nor(65536, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(65536, unit)
+        led = _ledger(nor, unit)
         for number in range(60):
             led.add(number, 72)
         nor.mem[led.where[2] + 20] ^= 0x40
-        again = Ledger(nor, unit)
+        again = _ledger(nor, unit)
         assert led.where[2] >> 12 != again.journal.head and again.journal.damaged == 0
         expected = sorted(again.where)
         expected.remove(2)
@@ -166,11 +199,11 @@ def test_a_damaged_header_costs_one_sector_only():
 
 
 def test_nothing_on_flash_makes_a_mount_fail():
-    for unit in _UNITS:
+    for unit in UNITS:
         for seed in range(6):
             rng = Rng(seed)
-            nor = Chip(32768, unit)
-            led = Ledger(nor, unit)
+            nor = Chip(32768, _bytes(unit))
+            led = _ledger(nor, unit)
             _flow(led, 0, 100)
             if seed == 0:
                 nor.mem[:] = rng.bytes(32768)
@@ -186,17 +219,18 @@ def test_nothing_on_flash_makes_a_mount_fail():
             else:  # headers that pass their checksum, rubbish behind
                 for sector in range(8):
                     at = sector * 4096
-                    nor.mem[at + unit : at + 4096] = rng.bytes(4096 - unit)
-            again = Ledger(nor, unit)
+                    first = led.journal.start_of(0)
+                    nor.mem[at + first : at + 4096] = rng.bytes(4096 - first)
+            again = _ledger(nor, unit)
             again.add(5000, 300)
             expected = sorted(_readable(again))
-            assert sorted(_readable(Ledger(nor, unit))) == expected and 5000 in expected
+            assert sorted(_readable(_ledger(nor, unit))) == expected and 5000 in expected
 
 
 def test_laps_and_what_is_carried():
-    for unit in _UNITS:
-        nor = Nor(32768, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(32768, unit)
+        led = _ledger(nor, unit)
         led.add(0, 300)
         led.add(1, 5)
         for number in range(2, 1500):
@@ -204,19 +238,19 @@ def test_laps_and_what_is_carried():
             led.remove(number)
             if number % 500 == 0:
                 assert led.check() == {0: 300, 1: 5}
-                again = Ledger(nor, unit)
+                again = _ledger(nor, unit)
                 assert _same(led, again)
                 led = again
         assert min(nor.erases) > 3 and led.journal.damaged == 0
 
 
 def test_wear_is_within_one_erase():
-    for unit in _UNITS:
+    for unit in UNITS:
         for sectors in (4, 7, 16):
             for idle in (False, True):
-                nor = Nor(sectors * 4096, unit)
-                led = Ledger(nor, unit)
-                for number in range(0, 4096 * sectors * 4 // max(unit, 84), 5):
+                nor = _nor(sectors * 4096, unit)
+                led = _ledger(nor, unit)
+                for number in range(0, 4096 * sectors * 4 // max(_bytes(unit), 84), 5):
                     _flow(led, number, 5)
                     assert _spread(nor) <= 1
                     if idle:
@@ -263,9 +297,9 @@ def test_the_sector_erased_ahead_is_used_after_an_orderly_restart():
 
 
 def test_full_programs_and_erases_nothing():
-    for unit in _UNITS:
-        nor = Nor(16384, unit)
-        led = Ledger(nor, unit, window=0)
+    for unit in UNITS:
+        nor = _nor(16384, unit)
+        led = _ledger(nor, unit, window=0)
         try:
             while True:
                 ops = nor.ops
@@ -275,14 +309,14 @@ def test_full_programs_and_erases_nothing():
         assert nor.ops == ops
         expected = led.check()
         raises(JournalFull, led.add, led.count, 100, 1)
-        assert nor.ops == ops and led.check() == expected == Ledger(nor, unit, window=0).check()
+        assert nor.ops == ops and led.check() == expected == _ledger(nor, unit, window=0).check()
 
 
 def test_a_full_journal_always_has_room_to_remove():
-    for unit in _UNITS:
+    for unit in UNITS:
         for size in (0, 100, 500, 1300):
-            nor = Nor(20480, unit)
-            led = Ledger(nor, unit, window=3)
+            nor = _nor(20480, unit)
+            led = _ledger(nor, unit, window=3)
             for _ in range(6):
                 try:
                     while True:
@@ -291,17 +325,17 @@ def test_a_full_journal_always_has_room_to_remove():
                     pass
                 for _ in range(len(led.where) // 3 + 1):
                     led.remove(min(led.where))
-                led = Ledger(nor, unit, window=3)
+                led = _ledger(nor, unit, window=3)
             while led.where:
                 led.remove(min(led.where))
             led.add(led.count, size, 1)
-            assert led.check() == Ledger(nor, unit, window=3).check()
+            assert led.check() == _ledger(nor, unit, window=3).check()
 
 
 def test_a_full_journal_holds_half_of_its_flash_at_least():
     for unit in (4, 16):
-        nor = Nor(32768, unit)
-        led = Ledger(nor, unit, window=0)
+        nor = _nor(32768, unit)
+        led = _ledger(nor, unit, window=0)
         try:
             while True:
                 led.add(led.count, 72, 1)
@@ -311,9 +345,9 @@ def test_a_full_journal_holds_half_of_its_flash_at_least():
 
 
 def test_a_body_too_large_is_a_value_error():
-    for unit in _UNITS:
-        nor = Nor(16384, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(16384, unit)
+        led = _ledger(nor, unit)
         ops = nor.ops
         most = led.journal.max_body
         raises(ValueError, led.journal.append, _ADD, (bytes(most + 1),))
@@ -463,8 +497,8 @@ def test_programs_are_whole_units_inside_one_page():
             assert off is not None and (off & 255) + len(buf) <= 256 and off + len(buf) <= 4096 and len(buf)
             super().writeblocks(n, buf, off)
 
-    for unit in _UNITS:
-        led = Ledger(Strict(16384, unit), unit)
+    for unit in UNITS:
+        led = _ledger(Strict(16384, _bytes(unit)), unit)
         for number in range(300):
             led.add(number, number * 7 % 600)
             led.remove(number)
@@ -575,8 +609,8 @@ class _Base:
     def __init__(self, unit, window=None):
         self.unit = unit
         self.window = window
-        self.chip = Chip(16384, unit)
-        led = Ledger(self.chip, unit, window=window)
+        self.chip = Chip(16384, _bytes(unit))
+        led = _ledger(self.chip, unit, window=window)
         number = 0
         while list(self.chip.erases) != [1, 1, 1, 1] or led.journal._off < 3300:
             led.add(number, 60)
@@ -592,7 +626,7 @@ class _Base:
         return self.work(chip), chip.ops
 
     def work(self, chip):
-        led = Ledger(chip, self.unit, window=self.window)
+        led = _ledger(chip, self.unit, window=self.window)
         first = min(led.where)
         n = self.number
         states = [led.check()]
@@ -633,26 +667,26 @@ def _modes():
 def test_a_cut_at_every_operation():
     cuts = 0
     modes = list(_modes())
-    for unit in _UNITS:
+    for unit in UNITS:
         base = _Base(unit)
         states, ops = base.states()
         assert ops > 15 and len(states) == 8
         for k in range(1, ops + 1):
             for program, erase, weak in modes if _THOROUGH else modes[k % 6 :: 6]:
-                where = "unit %d, operation %d, %s, %s, weak %s" % (unit, k, program, erase, weak)
+                where = "unit %s, operation %d, %s, %s, weak %s" % (unit, k, program, erase, weak)
                 chip = base.chip.copy(k)
                 chip.few = k % 3
                 chip.cut_after(k, program, erase, k, weak, unit == 256 and k % 2 == 0)
                 done = len(base.work(chip))
                 chip.power_on()
-                led = Ledger(chip, unit)
+                led = _ledger(chip, unit)
                 got = led.check()
                 assert got in states[done - 1 : done + 1], where
                 for seed in (1, 2):
-                    assert Ledger(chip.copy(seed), unit).check() == got, where
+                    assert _ledger(chip.copy(seed), unit).check() == got, where
                 led.add(9999, 100)
                 got[9999] = 100
-                assert Ledger(chip, unit).check() == got, where
+                assert _ledger(chip, unit).check() == got, where
                 cuts += 1
     assert cuts >= (500 if _THOROUGH else 80), cuts
 
@@ -660,7 +694,7 @@ def test_a_cut_at_every_operation():
 def test_two_cuts_at_every_pair_of_operations():
     cuts = 0
     modes = list(_modes())
-    for unit, window in ((4, None), (256, None), (16, 4)):
+    for unit, window in ((4, None), (256, None), (16, 4), (SEALED, 4)):
         base = _Base(unit, window)
         states, ops = base.states()
         for i in range(0, 4 * ops, 1 if _THOROUGH else 4):
@@ -679,28 +713,74 @@ def test_two_cuts_at_every_pair_of_operations():
                 program, erase, weak = modes[(i + j) % 12]
                 chip.cut_after(j, program, erase, j, weak, unit == 256)
                 try:
-                    Ledger(chip, unit, window=window)
+                    _ledger(chip, unit, window=window)
                     break
                 except PowerCut:
                     pass
                 chip.power_on()
                 cuts += 1
-                got = Ledger(chip, unit, window=window).check()
-                where = "unit %d, operations %d and %d, %d" % (unit, k, j, i)
+                got = _ledger(chip, unit, window=window).check()
+                where = "unit %s, operations %d and %d, %d" % (unit, k, j, i)
                 assert got in states[done - 1 : done + 1], where
-                assert Ledger(chip.copy(9), unit, window=window).check() == got, where
+                assert _ledger(chip.copy(9), unit, window=window).check() == got, where
     assert cuts > (500 if _THOROUGH else 100), cuts
 
 
+def _nearly_full_laps(chip, unit):
+    """Each time the ring turns one large entry is carried, and the OPEN behind it and its TAIL is in the last page."""
+    led = _ledger(chip, unit, 2)
+    led.add(0, 3840, 1)
+    for number in range(1, 20):
+        led.add(number, 600)
+        led.remove(number)
+
+
+def test_a_sector_counts_or_not_for_good_when_there_is_no_room_behind_its_open():
+    for unit in (16, SEALED):
+        chip = Chip(16384, 16)
+        opens = []
+
+        class Spy:
+            ioctl = chip.ioctl
+            readblocks = chip.readblocks
+            erase_size = 4096
+
+            def writeblocks(self, n, buf, off):
+                chip.writeblocks(n, buf, off)
+                if len(buf) == 16 and off & 0xFFF >= 3840:
+                    opens.append(chip.ops)
+
+        _nearly_full_laps(Spy(), unit)
+        for seed in range(2, 12) if _THOROUGH else (9,):
+            first = Chip(16384, 16)
+            first.few = 1
+            first.cut_after(opens[2], "all", "all", seed, True)
+            raises(PowerCut, _nearly_full_laps, first, unit)
+            first.power_on()
+            for k in (1, 3):
+                chip = first.copy(seed + 50)
+                led = _ledger(chip, unit, 2)
+                before = led.check()
+                chip.cut_after(k, "all", "all", 3)
+                try:
+                    led.add(led.count, 600)
+                except PowerCut:
+                    pass
+                chip.power_on()
+                for again in range(4):
+                    got = _ledger(chip.copy(again + 300), unit, 2).check()
+                    assert all(number in got for number in before), (unit, seed, k, again)
+
+
 def test_only_recovery_programs_over_what_is_programmed():
-    for unit in _UNITS:
-        nor = Nor(16384, unit)
-        led = Ledger(nor, unit)
+    for unit in UNITS:
+        nor = _nor(16384, unit)
+        led = _ledger(nor, unit)
         for number in range(0, 400, 20):
             _flow(led, number, 20)
             led.journal.idle()
             led.journal.close()
-            led = Ledger(nor, unit)
+            led = _ledger(nor, unit)
         assert nor.overprograms == 0
 
 

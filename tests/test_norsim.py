@@ -4,7 +4,7 @@ import os
 import sys
 from binascii import crc32
 
-from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng, read_counters
+from norsim import MODES_ERASE, MODES_PROGRAM, Encrypted, Nor, PowerCut, Rng, read_counters
 from raises import raises
 
 _SIZE = 16384
@@ -350,3 +350,30 @@ def test_a_size_of_no_whole_sectors_is_refused():
     raises(ValueError, Nor, 5000)
     raises(ValueError, Nor, 0)
     raises(ValueError, Nor, _SIZE, 24)
+
+
+def test_behind_the_encryption_one_torn_cell_garbles_sixteen_bytes():
+    nor = Nor(_SIZE, 16)
+    device = Encrypted(nor)
+    erased = _read(device, 1, 4096)
+    data = bytes(range(48))
+    device.writeblocks(1, data, 32)
+    assert _read(device, 1, 48, 32) == data and bytes(nor.mem[4096 + 32 : 4096 + 80]) != data
+    at = 4096 + 48
+    while not nor.mem[at]:
+        at += 1
+    nor.mem[at] &= nor.mem[at] - 1
+    got = _read(device, 1, 48, 32)
+    assert got[:16] == data[:16] and got[32:] == data[32:]
+    assert len([i for i in range(16, 32) if got[i] != data[i]]) > 8
+    assert _read(device, 1, 7, 45) == got[13:20]
+    assert device.dump()[4096 : 4096 + 128] == erased[:32] + got + erased[80:128]
+    device.ioctl(6, 1)
+    assert _read(device, 1, 4096) == erased
+
+
+def test_the_encryption_is_the_same_on_both_interpreters():
+    nor = Nor(_SIZE, 16)
+    device = Encrypted(nor)
+    device.writeblocks(0, bytes(range(256)), 512)
+    assert crc32(nor.mem) == 0x4FE31405 and crc32(device.dump()) == 0xC0395B2

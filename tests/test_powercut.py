@@ -41,6 +41,17 @@ def test_every_record_in_a_page_of_its_own_survives_as_well():
     _explore(_SMALL, 256, step=1 if _QUICK else 3)
 
 
+def test_nothing_is_lost_or_doubled_in_an_encrypted_partition():
+    _explore(_SMALL, powercut.SEALED, weak=True, step=3 if _QUICK else 12)
+    _explore(_LARGE, powercut.SEALED, weak=True, step=24 if _QUICK else 80)
+
+
+def test_an_encrypted_partition_goes_on_after_an_orderly_shutdown_in_the_last_page():
+    # CLOSE stood in the last page of a sector, and the record behind it had no room.
+    for cuts in ("", "@154.none.54", "@152.all.63"):
+        powercut.run(*powercut.parse_id("wrap/sealed" + cuts))
+
+
 def test_an_id_replays_the_same_run():
     traces = []
     for _ in range(2):

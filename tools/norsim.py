@@ -10,6 +10,8 @@ on MicroPython, and the same seed gives the same cut on both, so an id printed b
 
     nor = Nor(65536, path="mqj.nor")      # in a file that survives SIGKILL; read_counters("mqj.nor") from outside
     nor.kill_after(20, erase="mixed")     # the process ends as if by SIGKILL, in the middle of that operation
+
+    device = Encrypted(nor)               # the same flash, as an ESP32 with flash encryption shows it
 """
 
 import os
@@ -29,6 +31,8 @@ _TRAILER_BYTES = 72
 _TOTALS_AT = 24
 _MAGIC = b"NORSIM1\n"
 _MAX_WEAK_ERASED = 300  # bytes of a half-erased sector that may read unstably
+_BLOCK = 16  # bytes encrypted together
+_HALF = 0xFFFFFFFFFFFFFFFF  # eight of them
 
 
 class PowerCut(Exception):
@@ -472,3 +476,78 @@ class Nor:
             start = stop
             if wait:
                 time.sleep(wait)
+
+
+class Encrypted:
+    """A Nor behind flash encryption: a block device whose programs are multiples of 16 bytes at multiples of 16.
+
+    Each 16 bytes are one cipher block, which depends on its address, so erased flash reads as noise, the same each
+    time, a program over what is programmed gives noise, and one torn or weak cell garbles its 16 bytes.  Cuts, cells
+    and counters are those of .nor, which has the cipher text.  The cipher only mixes well: it protects nothing.
+    """
+
+    def __init__(self, nor):
+        self.nor = nor
+        self._known = {}  # block -> (its cells, what they read as): decrypting is slow
+
+    def readblocks(self, n, buf, off=0):
+        """Read len(buf) bytes from sector n, off bytes into it; may run on into the next sectors."""
+        start = n * self.nor.erase_size + off
+        skip = start % _BLOCK
+        data = bytearray((skip + len(buf) + _BLOCK - 1) // _BLOCK * _BLOCK)
+        self.nor.readblocks(0, data, start - skip)
+        self._decrypt((start - skip) // _BLOCK, data)
+        buf[:] = memoryview(data)[skip : skip + len(buf)]
+
+    def writeblocks(self, n, buf, off=None):
+        """Program buf at sector n, off bytes into it.  Without off: erase every sector touched, then program."""
+        if len(buf) % _BLOCK or (off or 0) % _BLOCK:
+            raise OSError(_EINVAL, "EINVAL")
+        block = (n * self.nor.erase_size + (off or 0)) // _BLOCK
+        data = bytearray(len(buf))
+        for i in range(0, len(buf), _BLOCK):
+            data[i : i + _BLOCK] = _encrypt(block, buf[i : i + _BLOCK])
+            block += 1
+        self.nor.writeblocks(n, data, off)
+
+    def ioctl(self, op, arg=0):
+        return self.nor.ioctl(op, arg)
+
+    def dump(self):
+        """All of it, as it reads; weak cells as they are at best."""
+        data = bytearray(self.nor.mem)
+        self._decrypt(0, data)
+        return bytes(data)
+
+    def _decrypt(self, block, data):
+        for i in range(0, len(data), _BLOCK):
+            cells = bytes(data[i : i + _BLOCK])
+            known = self._known.get(block)
+            if not known or known[0] != cells:
+                known = self._known[block] = cells, _decrypt(block, cells)
+            data[i : i + _BLOCK] = known[1]
+            block += 1
+
+
+def _round(half, key):
+    """What one half of a block does to the other."""
+    x = (half ^ key) * 0x9E3779B97F4A7C15 & _HALF
+    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 & _HALF
+    return x ^ x >> 32
+
+
+def _encrypt(block, data):
+    """A Feistel network of four rounds."""
+    a = int.from_bytes(data[:8], "little")
+    b = int.from_bytes(data[8:], "little")
+    for i in range(4):
+        a, b = b, a ^ _round(b, block << 3 | i)
+    return a.to_bytes(8, "little") + b.to_bytes(8, "little")
+
+
+def _decrypt(block, data):
+    a = int.from_bytes(data[:8], "little")
+    b = int.from_bytes(data[8:], "little")
+    for i in range(3, -1, -1):
+        a, b = b ^ _round(a, block << 3 | i), a
+    return a.to_bytes(8, "little") + b.to_bytes(8, "little")

@@ -7,10 +7,11 @@ persistent session; between them are two queues of bytes.  No sockets, no clock:
     powercut.py qos2_publish@17.prefix.3     replay one run: packets both ways, flash operations, what went wrong,
                                              and the sectors as they are then; --plot FILE.svg draws them
     powercut.py --workload wrap --prog-size 256 --weak --nested
+    powercut.py --workload wrap --sealed     an encrypted partition, program size 16
 
-An id is workload[/prog_size]@operation.mode.seed, followed by a second @operation.mode.seed for a second cut, counted
-from the restart.  The seed also decides what becomes of the bytes on the link: 0 lost, 1 arrived but all answers
-lost, 2 the first half arrived; then again from 0.  operation 0: no cut.
+An id is workload[/prog_size | /sealed]@operation.mode.seed, followed by a second @operation.mode.seed for a second
+cut, counted from the restart.  The seed also decides what becomes of the bytes on the link: 0 lost, 1 arrived but all
+answers lost, 2 the first half arrived; then again from 0.  operation 0: no cut.
 
 Checked of the device's messages: what publish() accepted arrives, QoS 2 once, in order, no gap and no double for a
 program that goes on from the mark; of those to the device: the handler has each QoS 2 message once, or once more with
@@ -30,7 +31,7 @@ from mqtt_durable.errors import JournalFull
 from mqtt_durable.journal import Journal
 from mqtt_durable.packet import DISCONNECT_BYTES, Decoder, encode_connect, encode_subscribe
 from mqtt_durable.store import Store, identity
-from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut
+from norsim import MODES_ERASE, MODES_PROGRAM, Encrypted, Nor, PowerCut
 from packet_types import (
     CONNACK,
     CONNECT,
@@ -49,6 +50,7 @@ from packet_types import (
 ME = identity("device", "broker", 1883)
 FILTER = "to/device"
 ROUNDS = 500  # more means that something waits for ever
+SEALED = "sealed"  # in place of a prog_size: an encrypted partition
 RESTART_OPS = 8  # of the operations after a mount, how many count as the restart a second cut may hit
 
 
@@ -459,22 +461,27 @@ class Tap:
 
     def __init__(self, world):
         self._world = world
-        self.nor = Nor(4096 * world.workload.sectors, world.prog_size)
+        self.nor = Nor(4096 * world.workload.sectors, world.unit)
+        self.device = world.device(self.nor)
         self.kinds = ""  # "p" or "e" for each operation since power came on
 
     def readblocks(self, n, buf, off=0):
-        self.nor.readblocks(n, buf, off)
+        self.device.readblocks(n, buf, off)
 
     def writeblocks(self, n, buf, off):
         self.kinds += "p"
         self._world.say("flash", "%d: program 0x%x+%d" % (len(self.kinds), n << 12 | off, len(buf)))
-        self.nor.writeblocks(n, buf, off)
+        self.device.writeblocks(n, buf, off)
 
     def ioctl(self, op, arg):
         if op == 6:
             self.kinds += "e"
             self._world.say("flash", "%d: erase sector %d" % (len(self.kinds), arg))
-        return self.nor.ioctl(op, arg)
+        return self.device.ioctl(op, arg)
+
+    def dump(self):
+        """The flash as the journal reads it."""
+        return self.nor.mem if self.device is self.nor else self.device.dump()
 
     def twin(self):
         """A device with the same cells."""
@@ -483,7 +490,7 @@ class Tap:
         nor._weak = dict(self.nor._weak)
         nor._weak_at = list(self.nor._weak_at)
         nor._noise = self.nor._noise
-        return nor
+        return self._world.device(nor)
 
 
 def facts(store):
@@ -518,12 +525,16 @@ def facts(store):
 _used = {}  # (size, prog_size, newest) -> cells
 
 
-def used(nor, newest):
-    """Make nor a device that has given out packet identifiers up to newest, with nothing left to do."""
-    key = (nor.size, nor.prog_size, newest)
+def used(nor, newest, device=lambda nor: nor, unit=None):
+    """Make nor one that has given out packet identifiers up to newest, with nothing left to do.
+
+    device: makes of it what the journal is on.  unit: the journal's, if not the Nor's own.
+    """
+    unit = unit or nor.prog_size
+    key = (nor.size, unit, newest, type(device(nor)).__name__)
     if key not in _used:
-        other = Nor(nor.size, nor.prog_size)
-        store = Store(Journal(other, nor.prog_size, None, lambda n: b"\x5a" * n))
+        other = Nor(nor.size, unit)
+        store = Store(Journal(device(other), unit, None, lambda n: b"\x5a" * n))
         store.open()
         session = store.session
         while session.newest != newest:
@@ -565,7 +576,7 @@ class Device:
 
     def _store(self, device, finished):
         workload = self.world.workload
-        journal = Journal(device, self.world.prog_size, None, lambda n: b"\x5a" * n)
+        journal = Journal(device, self.world.unit, None, lambda n: b"\x5a" * n)
         store = Store(journal, workload.in_flight, workload.when_full, finished)
         store.open()
         return store
@@ -703,6 +714,7 @@ class World:
     def __init__(self, workload, prog_size, plans, trace=None):
         self.workload = workload
         self.prog_size = prog_size
+        self.unit = 16 if prog_size == SEALED else prog_size
         self.plans = list(plans)
         self.trace = trace
         self.up = []  # packets on their way to the broker
@@ -726,7 +738,11 @@ class World:
         self.broker = Broker(self)
         self.tap = Tap(self)
         if workload.newest:
-            used(self.tap.nor, workload.newest)
+            used(self.tap.nor, workload.newest, self.device, self.unit)
+
+    def device(self, nor):
+        """What the journal is given for that flash."""
+        return Encrypted(nor) if self.prog_size == SEALED else nor
 
     def say(self, who, what):
         if self.trace:
@@ -898,7 +914,10 @@ class World:
 
 
 def run(workload, prog_size=4, plans=(), trace=None):
-    """Run a workload by name with cuts (operation, mode, seed); return the World.  Raises Failure."""
+    """Run a workload by name with cuts (operation, mode, seed); return the World.  Raises Failure.
+
+    prog_size: 4, 16, 256 or SEALED.
+    """
     world = World(WORKLOADS[workload], prog_size, plans, trace)
     world.run()
     return world
@@ -912,7 +931,7 @@ def modes(kind, wanted=None, weak=False):
 
 def run_id(name, prog_size, plans):
     cuts = "".join(["@%d.%s.%d" % plan for plan in plans])
-    return name + ("/%d" % prog_size if prog_size != 4 else "") + cuts
+    return name + ("/%s" % prog_size if prog_size != 4 else "") + cuts
 
 
 def parse_id(text):
@@ -925,7 +944,7 @@ def parse_id(text):
     for part in parts[1:]:
         operation, mode, seed = part.split(".")
         plans.append((int(operation), mode, int(seed)))
-    return name, int(prog_size or 4), plans
+    return name, prog_size if prog_size == SEALED else int(prog_size or 4), plans
 
 
 def plans_for(kinds, first, last, wanted, weak, seeds):
@@ -984,14 +1003,15 @@ def _replay(text, plot=None):
         print("FAILED: %s" % e)
         return 1
     finally:
-        nor = world.tap.nor
-        print(journal.picture(nor.mem, nor.erases))
+        cells = world.tap.dump()
+        erases = world.tap.nor.erases
+        print(journal.picture(cells, erases))
         if plot:
             from journal_plot import svg
 
             try:
                 with open(plot, "w", encoding="utf-8") as f:
-                    f.write(svg(journal.Journal(nor.mem, nor.erases), text))
+                    f.write(svg(journal.Journal(cells, erases), text))
             except journal.NoJournal as e:
                 print("%s: not drawn: %s" % (plot, e))
     return 0
@@ -1008,6 +1028,7 @@ def main():
     parser.add_argument("--modes", help="comma between: %s" % " ".join(dict.fromkeys(MODES_PROGRAM + MODES_ERASE)))
     parser.add_argument("--seeds", type=int, default=2, help="of each mode (2)")
     parser.add_argument("--prog-size", type=int, default=4, choices=(4, 16, 256))
+    parser.add_argument("--sealed", action="store_true", help="an encrypted partition; its program size is 16")
     parser.add_argument("--weak", action="store_true", help="also leave cells that read differently each time")
     parser.add_argument("--nested", action="store_true", help="cut a second time, at every operation of the restart")
     args = parser.parse_args()
@@ -1028,13 +1049,12 @@ def main():
             text = "%-14s operation %d of %d: %d cuts, %d failed" % (name, operation, operations, once + twice, failed)
             print("\r%-78s" % text, end="", flush=True)
 
+    prog_size = SEALED if args.sealed else args.prog_size
     total = 0
     failed = []
     for name in args.workload or WORKLOADS:
         begin = time.monotonic()
-        once, twice, failures = explore(
-            name, args.prog_size, wanted, args.weak, args.seeds, args.nested, progress=progress
-        )
+        once, twice, failures = explore(name, prog_size, wanted, args.weak, args.seeds, args.nested, progress=progress)
         total += once + twice
         failed += failures
         seconds = time.monotonic() - begin

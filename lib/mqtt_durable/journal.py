@@ -78,6 +78,8 @@ class Journal(Ring):
             return
         size = self._tail_room()
         end = size + 2 * self.room_for(0)  # CLOSE, and OPEN behind it
+        if self._sums:  # and after a restart that is on the next page
+            end += _PAGE
         if self._off + end <= _SECTOR:
             self._snapshot(_SNAP)
         else:
@@ -478,8 +480,12 @@ class Journal(Ring):
                 self._zero(self._head, mark, free)  # rising: each page tells the next mount to go on to the one behind
         self._off = free
         if kind >= _TAIL:
-            if self._sums and self._off < _SECTOR:  # that an OPEN stands there must not depend on one that is in doubt
+            if self._sums and (free < _SECTOR or kind == _OPEN):
+                # That one stands there must not depend on one that is in doubt.  Without room: the same once more.
+                if free == _SECTOR:
+                    self._off = last & 0xFFF
                 self._write(_OPEN, 0)
+                self._off = max(free, self._off)
             return True
         body = self._find(self._head << 12, begin, end)
         if body is None:
@@ -498,14 +504,11 @@ class Journal(Ring):
             self._make_room(self.room_for(len(moved)), 0, (kind, moved, begin))
             self._write(_OPEN, 0)
         except JournalFull:
-            # In place.  With a 256-byte unit this is the one time that a page with a record in it is at stake.
-            if self._sums:  # where it is encrypted that would spoil it
-                if self.load(last):
-                    self._owner.replay(kind, last)
-            else:
-                self._off = last & 0xFFF
-                self._rewrite(kind, body)
-                self._off = free
+            # In place; encrypted, it is the same bits again.  With a 256-byte unit this is the one time that a page
+            # with a record in it is at stake.
+            self._off = last & 0xFFF
+            self._rewrite(kind, body)
+            self._off = free
             for _ in range(32):
                 if not self.load(last):
                     # An earlier mount has found it torn, and been cut while it did away with it.

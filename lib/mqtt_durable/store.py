@@ -60,8 +60,7 @@ class Store(Recall):
         self._grace = grace
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
-        self._topics = {}  # topic name -> reference in the sector of that seq
-        self._names = {}  # the same for those given as str: the two kinds are not to be compared
+        self._topics = {}  # topic name, as it was given -> reference in the sector of that seq
         self._topics_seq = 0
         self._head = bytearray(4)
         self._reserve_for = -1  # bytes of the body that _reserved is for
@@ -153,7 +152,7 @@ class Store(Recall):
         if self._topics_seq == journal.seq and self._taken == newest and packet_id & 511 and mark is None:
             # The usual case, all in one piece: the topic is known, nothing waits behind the window, and it has room.
             try:
-                ref = (self._names if isinstance(topic_name, str) else self._topics).get(topic_name)
+                ref = self._topics.get(topic_name)
             except TypeError:  # a bytearray
                 ref = 0
             upto = self._upto
@@ -176,10 +175,9 @@ class Store(Recall):
                     return packet_id
         if self._urgent:
             self.commit()
-        topic = topic_name
-        if type(topic) is not bytes:
-            topic = topic.encode() if isinstance(topic, str) else bytes(topic)
-        if self._topics_seq != journal.seq or topic not in self._topics:
+        topic = topic_name.encode() if isinstance(topic_name, str) else bytes(topic_name)
+        key = topic_name if isinstance(topic_name, str) and not self._grace else topic
+        if self._topics_seq != journal.seq or key not in self._topics:
             check_topic(topic)
         size = len(topic) + len(payload)
         if size + 14 > journal.max_body:
@@ -200,10 +198,8 @@ class Store(Recall):
         if self._grace and self._keeps(packet_id, topic, payload, qos, retain, mark, at_once):
             where = 1
         else:
-            pos = self._record(packet_id, topic, payload, qos, retain, mark)
+            pos = self._record(packet_id, key, topic, payload, qos, retain, mark)
             where = pos << 2 | qos
-            if topic is not topic_name and topic in self._topics and isinstance(topic_name, str):
-                self._names[topic_name] = self._topics[topic]
             if not at_once and self._taken == newest:
                 self._cursor = pos
             self.stored += 1
@@ -236,7 +232,7 @@ class Store(Recall):
         self.settle()
         return False
 
-    def _record(self, packet_id, topic, payload, qos, retain, mark):
+    def _record(self, packet_id, key, topic, payload, qos, retain, mark):
         """Program a PUB record, dropping others for it if need be; return its position."""
         journal = self.journal
         kind = _PUB | qos << 1 | (1 if retain else 0)
@@ -253,7 +249,7 @@ class Store(Recall):
             self._reserved = self._reserve(n)
         while True:
             # Now, and not before: a record on the way here may have begun a sector.
-            ref = self._topics.get(topic, 0) if self._topics_seq == journal.seq else 0
+            ref = self._topics.get(key, 0) if self._topics_seq == journal.seq else 0
             if ref and not journal.fits(n):
                 ref = 0  # the topic stands in a sector that will not be the newest
             distance = (packet_id - self._upto - 1) % _IDS
@@ -276,10 +272,9 @@ class Store(Recall):
         if not ref:
             if self._topics_seq != journal.seq:
                 self._topics.clear()
-                self._names.clear()
                 self._topics_seq = journal.seq
             if len(self._topics) < _TOPICS:
-                self._topics[topic] = (pos & 0xFFF) >> 2
+                self._topics[key] = (pos & 0xFFF) >> 2
         self._recorded = packet_id
         return pos
 
@@ -293,7 +288,7 @@ class Store(Recall):
             if held is None:
                 continue
             topic, payload, retain = held
-            session.out[packet_id] = self._record(packet_id, topic, payload, 1, retain, None) << 2 | 1
+            session.out[packet_id] = self._record(packet_id, topic, topic, payload, 1, retain, None) << 2 | 1
             self._drop_held(packet_id)
             self.stored += 1
 

@@ -36,6 +36,6 @@ def test_a_run_is_the_same_every_time():
 
 def test_the_command_line_replays_an_id():
     done = subprocess.run(
-        [sys.executable, str(TESTS / "journal_fuzz.py"), "4:3", "256:3"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(TESTS / "journal_fuzz.py"), "4:3", "sealed:3"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and done.stdout.startswith("2 runs, 0 failed"), done.stdout + done.stderr

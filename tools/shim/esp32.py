@@ -13,16 +13,20 @@ A test makes partitions with add_partition(); clear() forgets them.  For a progr
 
 import os
 
-from norsim import Nor, read_counters
+from norsim import Encrypted, Nor, read_counters
 
 _EINVAL = 22
 _ENOENT = 2
+_ESP_ERR_INVALID_ARG = -0x102
 _BLOCK_SIZE = 4096
 _partitions = []  # (type, subtype, address, size, label, encrypted, device)
 
 
 def add_partition(label, device, type=1, subtype=0x40, encrypted=False):
-    """Add a partition that fills device (a Nor), behind those there are."""
+    """Add a partition that fills device (a Nor), behind those there are.
+
+    encrypted: what device holds is the cipher text.
+    """
     size = device.ioctl(4, 0) * device.ioctl(5, 0)
     address = 0x200000
     for p in _partitions:
@@ -40,19 +44,11 @@ def mcu_temperature():
     return 41
 
 
-def _noise(address, data):
-    """Return data as the flash encryption would turn it: it depends on the address, erased flash does not read 0xFF."""
-    out = bytearray(data)
-    for i in range(len(out)):
-        at = address + i
-        out[i] ^= (at * 167 + (at >> 8) * 59 + 0x5A) & 255
-    return out
-
-
 class Partition:
     """A partition by its label (OSError if there is none).  block_size: only 4096, the sector, is supported here.
 
-    Encrypted: programs are multiples of 16 at multiples of 16, else OSError, and erased flash reads as noise.
+    Encrypted: programs are multiples of 16 at multiples of 16, else OSError, and erased flash reads as noise; see
+    norsim.Encrypted.
     """
 
     TYPE_APP = 0
@@ -68,7 +64,7 @@ class Partition:
             id = found[0]
         self._info = id[:6]
         self._encrypted = id[5]
-        self._device = id[6]
+        self._device = Encrypted(id[6]) if self._encrypted else id[6]
 
     @staticmethod
     def find(type=TYPE_APP, subtype=0xFF, label=None, block_size=_BLOCK_SIZE):
@@ -86,17 +82,13 @@ class Partition:
     def readblocks(self, n, buf, off=0):
         """Read len(buf) bytes; OSError past either end of the partition."""
         self._device.readblocks(n, buf, off)
-        if self._encrypted:
-            buf[:] = _noise(n * _BLOCK_SIZE + off, buf)
 
     def writeblocks(self, n, buf, off=None):
         """Program buf, erasing whole sectors first if off is not given; OSError past either end of the partition."""
         if off is None and len(buf) % _BLOCK_SIZE:
             raise OSError(_EINVAL, "only whole sectors can be erased")
-        if self._encrypted:
-            if len(buf) % 16 or (off or 0) % 16:
-                raise OSError(_EINVAL, "an encrypted partition is programmed in multiples of 16 bytes")
-            buf = _noise(n * _BLOCK_SIZE + (off or 0), buf)
+        if self._encrypted and (len(buf) % 16 or (off or 0) % 16):
+            raise OSError(_ESP_ERR_INVALID_ARG, "ESP_ERR_INVALID_ARG")
         if off is None:
             self._device.writeblocks(n, buf)
         else:

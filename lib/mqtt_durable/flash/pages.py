@@ -34,7 +34,7 @@ class Pages:
     def writeblocks(self, n, buf, off=None):
         """Program buf at sector n, off bytes into it; without off erase the sectors it fills first."""
         size = len(buf)
-        if size == _PAGE and off is not None and not off & (_PAGE - 1) and 0 <= off < _SECTOR and 0 <= n < self._count:
+        if size == _PAGE and off is not None and not off & ~0xF00 and 0 <= n < self._count:
             self._flash.writeblocks(self._first + n, buf, off)
             return
         self._check(n, off or 0, size)

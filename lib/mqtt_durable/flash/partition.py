@@ -6,6 +6,8 @@ from ..errors import JournalUnavailable
 
 _ERASE_SIZE = const(4096)
 _MIN_BYTES = const(16384)
+_PROG_SIZE = const(4)
+_CIPHER_BLOCK = const(16)  # what esp_partition_write() takes where the partition is encrypted
 _ENCRYPTED = const(5)  # place in Partition.info() (ports/esp32/esp32_partition.c)
 _SIZE = const(3)
 
@@ -13,7 +15,8 @@ _SIZE = const(3)
 def open_partition(label):
     """Return (device, prog_size, size in bytes) of the data partition with that label.
 
-    Raises JournalUnavailable if there is none, or it is encrypted or too small for a journal.
+    In an encrypted one erased flash does not read 0xFF; the journal sees that by itself.
+    Raises JournalUnavailable if there is none, or it is too small for a journal.
     """
     try:
         from esp32 import Partition
@@ -31,13 +34,10 @@ def open_partition(label):
         )
     device = found[0]
     info = device.info()
-    if info[_ENCRYPTED]:
-        # Erased flash does not read 0xFF through the decryption, so the journal could not tell where it ends.
-        raise JournalUnavailable('partition "%s": it is encrypted; make it a plain data partition' % label)
     size = info[_SIZE] // _ERASE_SIZE * _ERASE_SIZE
     if size < _MIN_BYTES:
         raise JournalUnavailable(
             'partition "%s": it has %d bytes, a journal needs at least %d; make it larger'
             % (label, info[_SIZE], _MIN_BYTES)
         )
-    return device, 4, size
+    return device, _CIPHER_BLOCK if info[_ENCRYPTED] else _PROG_SIZE, size
