@@ -744,6 +744,7 @@ def test_a_sector_counts_or_not_for_good_when_there_is_no_room_behind_its_open()
             ioctl = chip.ioctl
             readblocks = chip.readblocks
             erase_size = 4096
+            size = 16384
 
             def writeblocks(self, n, buf, off):
                 chip.writeblocks(n, buf, off)

@@ -488,7 +488,10 @@ class Encrypted:
 
     def __init__(self, nor):
         self.nor = nor
-        self._known = {}  # block -> (its cells, what they read as): decrypting is slow
+        # Decrypting is slow: what was read last, as it stood in the cells and as plain text.
+        self._known = bytearray(nor.size // _BLOCK)
+        self._cells = bytearray(nor.size)
+        self._plain = bytearray(nor.size)
 
     def readblocks(self, n, buf, off=0):
         """Read len(buf) bytes from sector n, off bytes into it; may run on into the next sectors."""
@@ -521,11 +524,13 @@ class Encrypted:
 
     def _decrypt(self, block, data):
         for i in range(0, len(data), _BLOCK):
+            at = block * _BLOCK
             cells = bytes(data[i : i + _BLOCK])
-            known = self._known.get(block)
-            if not known or known[0] != cells:
-                known = self._known[block] = cells, _decrypt(block, cells)
-            data[i : i + _BLOCK] = known[1]
+            if not self._known[block] or self._cells[at : at + _BLOCK] != cells:
+                self._known[block] = 1
+                self._cells[at : at + _BLOCK] = cells
+                self._plain[at : at + _BLOCK] = _decrypt(block, cells)
+            data[i : i + _BLOCK] = self._plain[at : at + _BLOCK]
             block += 1
 
 
