@@ -67,6 +67,11 @@ class Journal(Ring):
         """False before mount() and after the device has failed."""
         return self._usable
 
+    @property
+    def closed(self):
+        """Whether nothing was appended since an orderly shutdown."""
+        return self._closed
+
     def idle(self):
         """Erase the next sector ahead of need, when the head is three quarters full.  May block for 45-400 ms."""
         if self._usable and not self._closed and self._ready < 0 and self._off > _SECTOR * 3 // 4:

@@ -97,8 +97,8 @@ class Store(Recall):
                 self._take_to(packet_id)
             for packet_id in [p for p in out if not out[p]]:
                 del out[packet_id]
-            # These may have been sent before, so they go out with DUP: a window full, and what lost its lazy DONE.
-            while self.queued and len(out) < self._most and self._take():
+            # After a cut these may have been sent, so they go out with DUP: a window full, and what lost its lazy DONE.
+            while not self.journal.closed and self.queued and len(out) < self._most and self._take():
                 pass
         finally:
             self._mounting = False
