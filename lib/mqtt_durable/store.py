@@ -14,9 +14,9 @@ from struct import pack, pack_into
 from micropython import const
 
 from .errors import JournalFull
-from .packet import PUBREL, check_topic, put_ack, put_publish_head
+from .packet import PUBACK, PUBREL, check_topic, put_ack, put_publish_head
 from .recall import ASKED, DROPPED, TOLD, UPTO, Recall
-from .session import DONE, RECEIVED, REL
+from .session import DONE, PUB1, RECEIVED, REL
 
 _PUB = const(0x10)
 _SUB = const(0x20)
@@ -588,7 +588,19 @@ class Store(Recall):
         """A PUBACK, PUBREC, PUBREL or PUBCOMP came.  Raises ProtocolError, JournalFull, OSError."""
         if self._late >= _LAZY or self._used > _PENDING - _LONGEST:
             self.commit()
-        action = self.session.acknowledged(packet, packet_id)
+        session = self.session
+        out = session.out
+        first = self._upto % _IDS + 1 == packet_id
+        if first and packet == PUBACK and out.get(packet_id, 0) & 3 == PUB1 and not self._held:
+            # The usual case, all in one piece: the oldest message, at QoS 1.
+            del out[packet_id]
+            self._late += 1
+            self.acknowledged += 1
+            self._advance()
+            if self._finished:
+                self._finished(packet_id, True)
+            return
+        action = session.acknowledged(packet, packet_id)
         if action:
             self._act(action, packet_id)
 
