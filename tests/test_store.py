@@ -14,9 +14,9 @@ from raises import raises
 _UNITS = (4, 16, 256)
 
 
-def _open(nor, in_flight=4, when_full="raise", finished=None):
+def _open(nor, in_flight=4, when_full="raise", finished=None, grace=False):
     """A store as after a restart."""
-    store = Store(Journal(nor, nor.prog_size, None, lambda n: b"\x5a" * n), in_flight, when_full, finished)
+    store = Store(Journal(nor, nor.prog_size, None, lambda n: b"\x5a" * n), in_flight, when_full, finished, grace)
     store.open()
     return store
 
@@ -1061,21 +1061,29 @@ def test_what_is_live_can_be_asked():
     assert not store.is_live(first) and store.is_live(second)
 
 
+def test_a_new_journal_in_place_of_a_lost_one_does_not_send_with_the_old_topics():
+    nor, store = _begin()
+    store.publish("old", b"1", 1)
+    assert b"old" in _bytes(store)
+    # As the client does when its home is lost: the same places and ages come again.
+    store.journal = Journal(Nor(nor.size), 4, None, lambda n: b"\x5b" * n)
+    store.open()
+    store.connected(False, 7)
+    store.publish("new", b"2", 1)
+    packets, rest = powercut.split(_bytes(store))
+    assert packets == [b"\x32\x08\x00\x03new\x00\x01" + b"2"] and not rest
+
+
 # -- messages in their grace
 
 
-def _graced(nor, in_flight=16, when_full="raise", finished=None):
+def _graced(nor, in_flight=16, **options):
     """A store as after a restart, which keeps QoS 1 messages in RAM until settle()."""
-    store = Store(Journal(nor, nor.prog_size, None, lambda n: b"\x5a" * n), in_flight, when_full, finished, True)
-    store.open()
-    return store
+    return _open(nor, in_flight, grace=True, **options)
 
 
-def _begin_graced(unit=4, sectors=8, **options):
-    nor = Nor(4096 * sectors, unit)
-    store = _graced(nor, **options)
-    store.connected(False, 7)
-    return nor, store
+def _begin_graced(unit=4, sectors=8, in_flight=16, **options):
+    return _begin(unit, sectors, in_flight=in_flight, grace=True, **options)
 
 
 def _next_sector(store):

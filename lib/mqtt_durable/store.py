@@ -61,13 +61,7 @@ class Store(Recall):
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
         self._topics = {}  # topic name, as it was given -> reference in the sector of that seq
-        self._topics_seq = 0
         self._head = bytearray(4)
-        self._reserve_for = -1  # bytes of the body that _reserved is for
-        self._reserved = 1
-        self._sent_at = -1  # where the topic sent last stands
-        self._sent_seq = 0
-        self._sent_topic = b""
         self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.duplicates = 0
         self.spared = 0  # messages that were acknowledged before they had to be stored
         self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
@@ -83,7 +77,13 @@ class Store(Recall):
         self._said = 0  # how far the last record said that all are finished
         self._doubt = False  # CONNECT had gone out and no CONNACK come, before this CONNECT
         self._recorded = self.session.newest  # the newest message recorded
+        # Of what is known of places and sizes nothing holds in another journal, whose ages and places are the same.
         self._topics_seq = 0
+        self._reserve_for = -1  # bytes of the body that _reserved is for
+        self._reserved = 1
+        self._sent_at = -1  # where the topic sent last stands
+        self._sent_seq = 0
+        self._sent_topic = b""
         self.disconnected()
 
     def open(self):
