@@ -126,6 +126,9 @@ class Ledger:
         parts = [pack("<IIII", self.count, self.first, self.cursor & _NOWHERE, len(self.where))]
         return b"".join(parts + [pack("<II", number, pos) for number, pos in self.where.items()])
 
+    def state_size(self):
+        return 16 + 8 * len(self.where)
+
     def replay(self, kind, pos):
         number = unpack_from("<I", self.journal.buf, 4)[0]
         if kind == _ADD:

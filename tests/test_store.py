@@ -954,15 +954,15 @@ def test_a_journal_of_rubbish_is_no_obstacle():
 def test_a_failed_device_leaves_what_is_stored_and_open_takes_it_up_again():
     nor, store = _begin()
     _publish(store, 2)
-    whole = nor.writeblocks
+    program = nor._program
 
     def fails(*_):
         raise OSError(5)
 
-    nor.writeblocks = fails
+    nor._program = fails
     raises(OSError, store.publish, "t", b"c", 1)
     assert store.waiting == 2
-    nor.writeblocks = whole
+    nor._program = program
     store.open()
     store.connected(True, 7)
     assert [entry[2] for entry in _sent(store)] == [b"0", b"1"]
@@ -1329,7 +1329,7 @@ def test_however_many_were_spared_the_next_record_is_known_as_the_newest():
             ids = []
             for _ in range(spared):
                 ids.append(store.publish(b"t", b"", 1))
-                store._direct.clear()  # sent
+                _sent(store)
                 if len(ids) > behind:
                     store.on_ack(PUBACK, ids.pop(0))
             assert store.stored <= spared // 480 + 1

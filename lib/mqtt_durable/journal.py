@@ -6,7 +6,8 @@ before it returns.  It reads the newest sector only: each begins with a snapshot
 
 The owner has:
     max_state           bytes of the largest snapshot that large records must leave room for
-    state()             the bytes of a snapshot; restore(state) takes one up, b"": nothing is known
+    state()             the bytes of a snapshot that is programmed now; restore(state) takes one up, b"": nothing is
+                        known.  state_size(): how many bytes that would be, at most
     replay(kind, pos)   one valid record after a snapshot, oldest first; journal.buf holds its first 256 bytes, the
                         body from 4 on.  The newest may come more than once
     live(sector, whole) the bytes that carry() of the same will take at most (see room_for), or -1: the order of the
@@ -92,7 +93,6 @@ class Journal(Ring):
                 self._make_room(end, 0)
             except JournalFull:
                 return  # the next mount has to look for the end, nothing worse
-        self._calm = False
         self._write(_CLOSE, (self._tail_at & 0xFFF) >> 2 | (_AHEAD if self._ready >= 0 else 0))
         self._closed = True
 
@@ -173,7 +173,8 @@ class Journal(Ring):
         """Begin anew: fill _seqs; return the units and journal ids of all sectors, 0 without a valid header."""
         self._owner = owner
         self._ready = self._void = -1
-        self._usable = self._calm = self._carrying = self._closed = self.fresh = False
+        self._usable = self._carrying = self._closed = self.fresh = False
+        self._put_end = 0
         self._tight = True
         self._page[:] = b"\xff" * (2 * _PAGE)
         self.damaged = 0

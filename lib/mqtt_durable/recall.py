@@ -4,7 +4,7 @@ Owns the layout of the store's records, the queue behind the in-flight window, a
 owner: snapshots, replay, carrying.  A topic is stored once per sector; other messages there refer to it.
 """
 
-from struct import pack, unpack_from
+from struct import pack, pack_into, unpack_from
 
 from micropython import const
 
@@ -91,30 +91,45 @@ class Recall:
                 self._subscribe(where)  # else it will be made again
         self._look_for_oldest()
 
+    def state_size(self):
+        session = self.session
+        return _FORMAT_BYTES + 6 * len(session.out) + 2 * len(session.held) + 4 * len(self.subscriptions)
+
     def state(self):
         session = self.session
+        out = session.out
         mark = self.mark
-        # What has no place on flash is not the journal's, but for PUBRELs and, while mounting, what is finished.
-        outs = [p for p in session.out if session.out[p] > 3 or session.out[p] & 1 == session.out[p] >> 1]
-        parts = [
-            pack(
-                _FORMAT,
-                self.identity,
-                (mark is not None) | self._asked << 1,
-                mark or 0,
-                session.newest,
-                self._taken,
-                self.received,
-                self._cursor & _NOWHERE,
-                len(outs),
-                len(session.held),
-                len(self.subscriptions),
-            )
-        ]
-        parts += [pack("<HI", p, session.out[p]) for p in outs]
-        parts += [pack("<H", p) for p in session.held]
-        parts += [pack("<I", where) for where in self.subscriptions.values()]
-        return b"".join(parts)
+        state = bytearray(self.state_size())
+        i = _FORMAT_BYTES
+        outs = 0
+        for packet_id, where in out.items():
+            # What has no place on flash is not the journal's, but for PUBRELs and, while mounting, what is finished.
+            if where > 3 or where & 1 == where >> 1:
+                pack_into("<HI", state, i, packet_id, where)
+                outs += 1
+                i += 6
+        for packet_id in session.held:
+            pack_into("<H", state, i, packet_id)
+            i += 2
+        for where in self.subscriptions.values():
+            pack_into("<I", state, i, where)
+            i += 4
+        pack_into(
+            _FORMAT,
+            state,
+            0,
+            self.identity,
+            (mark is not None) | self._asked << 1,
+            mark or 0,
+            session.newest,
+            self._taken,
+            self.received,
+            self._cursor & _NOWHERE,
+            outs,
+            len(session.held),
+            len(self.subscriptions),
+        )
+        return state if i == len(state) else state[:i]
 
     # -- the queue: messages _taken + 1 to newest, from the cursor on
 
@@ -449,13 +464,12 @@ class Recall:
         return bytes(head) + pack("<H", len(topic)) + topic + bytes(body[at:])
 
     def oldest(self):
-        out = self.session.out
-        places = [where >> 2 for where in out.values() if where > 3 and where & 3 != REL]
-        places += [where >> 4 for where in self.subscriptions.values()]
-        if self.queued:
-            places.append(self._cursor)
-        seqs = [self.journal.seq_of(pos) for pos in places if pos >= 0]
-        return min(seqs) if seqs else None
+        sectors = {where >> 14 for where in self.session.out.values() if where > 3 and where & 3 != REL}
+        for where in self.subscriptions.values():
+            sectors.add(where >> 16)
+        if self.queued and self._cursor >= 0:
+            sectors.add(self._cursor >> 12)
+        return min([self.journal.seq_of(sector << 12) for sector in sectors]) if sectors else None
 
 
 def _position(entries, i):

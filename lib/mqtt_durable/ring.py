@@ -46,7 +46,7 @@ class Ring:
         if count < 4:
             raise JournalUnavailable("the journal needs at least 4 erase blocks, the device has %d" % count)
         self._device = device
-        self._prog_size = self._unit = prog_size
+        self._prog_size = prog_size
         self.sectors = count
         self._seqs = array("I", bytes(4 * count))  # 0: no header to be trusted
         self.buf = memoryview(bytearray(_PAGE))  # what load() read
@@ -58,10 +58,7 @@ class Ring:
         self._to = 0
         self._head = count - 1  # sector being filled; a new journal begins behind it
         self._off = _SECTOR  # next free byte in it
-        self._first = _HEADER  # where the records of a sector begin
-        self._sums = None  # where erased flash does not read 0xFF: of the blank pages of the sector looked at
         self._id = 0
-        self._seed_seq = -1
         self._seed_crc = 0
         self._ready = -1  # sector erased ahead, header programmed
         self._oldest = 1  # lower seqs hold nothing live
@@ -80,9 +77,10 @@ class Ring:
         self.seq = 0  # age of the newest sector: about the number of erases over the journal's life
         self._owner = None
         # For put(), which must be quick.
-        self._calm = False  # usable, not closed, not carrying, not tight
+        self._put_end = 0  # up to where it may program: nowhere unless usable, not closed, not carrying, not tight
         self._head_crc = 0  # the seed of the newest sector
         self._whole = getattr(device, "whole_pages", False)  # it programs nothing smaller
+        self._set_unit(prog_size, False)
 
     # -- geometry
 
@@ -125,19 +123,27 @@ class Ring:
 
     def _set_unit(self, unit, sealed):
         self._unit = unit
-        self._first = _SEALED if sealed else self._pad(_HEADER)
+        self._first = _SEALED if sealed else self._pad(_HEADER)  # where the records of a sector begin
+        # Where erased flash does not read 0xFF: of the blank pages of the sector looked at.
         self._sums = bytearray(32) if sealed else None
         self._seed_seq = -1
+        self.put = self._make_put()
 
     def _by_age(self):
         """All sectors: the one erased ahead, those without a header in ring order behind the head, then by age."""
-        head = self._head
         count = self.sectors
-
-        def age(s):
-            return -1 - count if s == self._ready else self._seqs[s] or (s - head - 1) % count - count
-
-        return sorted(range(count), key=age)
+        seqs = self._seqs
+        ages = []
+        for s in range(count):
+            age = seqs[s]
+            if s == self._ready:
+                age = -1 - count
+            elif not age:
+                age = (s - self._head - 1) % count - count
+            # Beside the newest, so that the numbers stay small; lists sort quicker without a key.
+            ages.append((age - self._next_seq) * count + s)
+        ages.sort()
+        return [age % count for age in ages]
 
     # -- reading
 
@@ -288,85 +294,123 @@ class Ring:
                 self._program()
 
     def _program(self):
-        """Program what waits in the page buffer, padded to the unit with 0xFF."""
+        """Program what waits in the page buffer, padded to the unit with 0xFF: no more than goes on two pages."""
         a = self._from
         b = self._pad(self._to)
-        if a == b:
-            return
-        off = self._off & ~(_PAGE - 1)
-        if self._whole:
-            self._device.writeblocks(self._head, self._page1, off)
-        else:
-            self._device.writeblocks(self._head, self._page[a:b], off + a)
-        self._page[a:b] = self._page2[a:b]
-        self._off = off + b
-        self._from = self._to = b & (_PAGE - 1)
+        while a < b:
+            off = self._off & ~(_PAGE - 1)
+            end = min(b, _PAGE)
+            if self._whole:
+                self._device.writeblocks(self._head, self._page1, off)
+            else:
+                self._device.writeblocks(self._head, self._page[a:end], off + a)
+            self._page[a:end] = b"\xff" * (end - a)
+            self._off = off + end
+            a = 0
+            b -= end
+            if b:
+                self._page1[:b] = self._page2[:b]
+                self._page2[:b] = b"\xff" * b
+        self._from = self._to = self._off & (_PAGE - 1)
 
     def _write(self, kind, arg, parts=()):
         """Program one record at the head, which has room; return its position."""
         off = self._off
-        if off + self.room_for(arg if kind < 0x80 else 0) > _SECTOR:
+        n = arg if kind < 0x80 else 0
+        if off + self.room_for(n) > _SECTOR:
             raise JournalUnavailable("carry() has more than live() said")
         usable = self._usable
-        self._usable = self._calm = False  # until it is whole: after any exception the head ends in half a record
-        self._from = self._to = off & (_PAGE - 1)
-        data = bytes((kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg & 255, arg >> 8))
-        crc = crc32(data, self._seed(self._head))
-        self._put(data)
-        for part in parts:
+        self._usable = False  # until it is whole: after any exception the head ends in half a record
+        self._put_end = 0
+        page = self._page
+        a = i = off & (_PAGE - 1)
+        self._from = self._to = a
+        check = kind ^ arg & 255 ^ arg >> 8 ^ 0xA5
+        crc = self._seed(self._head)
+        # The CRC comes last: until it is programmed the record does not exist.
+        if a + n + _OVERHEAD <= 2 * _PAGE:
+            pack_into("<BBH", page, i, kind, check, arg)
+            i += 4
+            for part in parts:
+                n = len(part)
+                page[i : i + n] = part
+                i += n
+            crc = crc32(page[a:i], crc)
+            if self._torn:
+                crc ^= 0xFFFFFFFF
+            pack_into("<I", page, i, crc)
+            self._to = i + 4
+        else:
+            part = bytes((kind, check, arg & 255, arg >> 8))
             crc = crc32(part, crc)
             self._put(part)
-        if self._torn:
-            crc ^= 0xFFFFFFFF
-        # The CRC comes last: until it is programmed the record does not exist.
-        self._put(bytes((crc & 255, crc >> 8 & 255, crc >> 16 & 255, crc >> 24)))
+            for part in parts:
+                crc = crc32(part, crc)
+                self._put(part)
+            if self._torn:
+                crc ^= 0xFFFFFFFF
+            self._put(pack("<I", crc))
         self._program()
         self._usable = usable
         return self._head << 12 | off
 
-    def put(self, kind, head, rest):
-        """append() of head and rest if they fit on two pages of the newest sector and nothing has to be made sure of
-        first, which is the rule; else return 0.  All in one piece: this is what a message costs."""
-        n = len(head) + len(rest)
-        off = self._off
-        unit = self._unit
-        size = (n + 7 + unit) & -unit
-        if not self._calm or n > 248 or off + size > _SECTOR:
-            return 0
-        a = off & (_PAGE - 1)
-        page = self._page
-        try:
-            page[a] = kind
-            page[a + 1] = kind ^ n ^ 0xA5
-            page[a + 2] = n
-            page[a + 3] = 0
-            i = a + 4
-            b = i + len(head)
-            page[i:b] = head
-            i = b + len(rest)
-            page[b:i] = rest
-            pack_into("<I", page, i, crc32(page[a:i], self._head_crc))
-            b = a + size
-            if self._whole:
-                self._device.writeblocks(self._head, self._page1, off - a)
-                if b > _PAGE:
-                    self._device.writeblocks(self._head, self._page2, off - a + _PAGE)
-            elif b <= _PAGE:
-                self._device.writeblocks(self._head, page[a:b], off)
-            else:
-                self._device.writeblocks(self._head, page[a:_PAGE], off)
-                self._device.writeblocks(self._head, page[_PAGE:b], off - a + _PAGE)
-            if b <= _PAGE:
-                page[a:b] = self._page2[a:b]
-            else:  # each page is blank where the other is not
-                b -= _PAGE
-                self._page2[:b] = page[:b]
-                page[a:_PAGE] = self._page2[a:]
-            self._off = off + size
-        except:  # noqa: E722  the newest sector ends in half a record
-            self._usable = self._calm = False
-            raise
-        return self._head << 12 | off
+    def _make_put(self):
+        """Return put(kind, a, b, rest): append() of a record with the body u16 a, u16 b, rest, if it fits on two pages
+        of the newest sector and nothing has to be made sure of first, which is the rule; else it returns 0.
+
+        All in one piece, and what never changes is at hand as defaults: this is what a message costs.
+        """
+
+        def put(
+            kind,
+            a,
+            b,
+            rest,
+            ring=self,
+            write=self._device.writeblocks,
+            whole=self._whole,
+            unit=self._unit,
+            page=self._page,
+            page1=self._page1,
+            page2=self._page2,
+            fill=pack_into,
+            crc=crc32,
+        ):
+            n = len(rest) + 4
+            off = ring._off
+            size = (n + 7 + unit) & -unit
+            if n > 248 or off + size > ring._put_end:
+                return 0
+            sector = ring._head
+            begin = off & (_PAGE - 1)
+            end = begin + size
+            i = begin + 8
+            stop = begin + n + 4
+            try:
+                fill("<BBHHH", page, begin, kind, kind ^ n ^ 0xA5, n, a, b)
+                page[i:stop] = rest
+                fill("<I", page, stop, crc(page[begin:stop], ring._head_crc))
+                if end <= _PAGE:
+                    if whole:
+                        write(sector, page1, off - begin)
+                    else:
+                        write(sector, page[begin:end], off)
+                    page[begin:end] = page2[begin:end]
+                else:
+                    write(sector, page1 if whole else page[begin:_PAGE], off - begin if whole else off)
+                    end -= _PAGE
+                    write(sector, page2 if whole else page2[:end], off - begin + _PAGE)
+                    # Each page is blank where the other is not.
+                    page2[:end] = page[:end]
+                    page[begin:_PAGE] = page2[begin:]
+                ring._off = off + size
+            except:  # noqa: E722  the newest sector ends in half a record
+                ring._usable = False
+                ring._put_end = 0
+                raise
+            return sector << 12 | off
+
+        return put
 
     def append(self, kind, parts, reserve=0):
         """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
@@ -376,10 +420,6 @@ class Ring:
         CLOSE); JournalUnavailable if it is not mounted; OSError from the device.  After that one, or any exception
         that comes in the middle of it, nothing can be appended until it is mounted again.
         """
-        if self._calm and len(parts) == 2:
-            pos = self.put(kind, parts[0], parts[1])
-            if pos:
-                return pos
         n = 0
         for part in parts:
             n += len(part)
@@ -395,8 +435,9 @@ class Ring:
             if reserve and self._tight or self._off + size > _SECTOR:
                 self._make_room(size, reserve)
         pos = self._write(kind, n, parts)
-        self._calm = self._usable and not self._carrying and not self._tight
-        self._head_crc = self._seed(self._head)
+        if self._usable and not (self._carrying or self._tight):
+            self._put_end = _SECTOR
+            self._head_crc = self._seed(self._head)
         return pos
 
     def copy(self, pos, parts=(), skip=0):
@@ -448,7 +489,8 @@ class Ring:
     def _erase(self, sector):
         """Erase a dead sector and program its header: only then is it trusted, an erase cut short can read blank."""
         usable = self._usable
-        self._usable = self._calm = False
+        self._usable = False
+        self._put_end = 0
         if self._void >= 0 and self._void != sector:
             # The head's TAIL, which says that it does not count, will not last.
             if self._void_from:
@@ -484,7 +526,8 @@ class Ring:
         Until something follows the TAIL the new sector does not count, and nothing else is erased: a cut goes back.
         """
         usable = self._usable
-        self._usable = self._calm = False
+        self._usable = False
+        self._put_end = 0
         old = self._head
         whole = leaving == old
         if self._ready != victim:
@@ -581,15 +624,19 @@ class Ring:
         self._switch(order[0], self._head, doubt)
 
     def _tail_room(self):
-        return self.room_for(_TAIL_HEAD + len(self._owner.state()))
+        return self.room_for(_TAIL_HEAD + self._owner.state_size())
 
     def _ways_out(self, sectors, size):
         """Whether each of these can be given up, and what is carried then could be packed anew with size more bytes
         and one of the records that help to get on: no way into a full journal that does not lead out again."""
-        tail = max(self._tail_room(), self.room_for(_TAIL_HEAD + self._owner.max_state))
-        most = self.room - tail - self.room_for(0) - self.room_for(_HELP) - size
+        most = -1
         for s in sectors:
-            if self._live(s, False) < 0 or self._live(s, True) > most:
+            if self._seqs[s] < self._oldest:
+                continue
+            if most < 0:
+                tail = max(self._tail_room(), self.room_for(_TAIL_HEAD + self._owner.max_state))
+                most = self.room - tail - self.room_for(0) - self.room_for(_HELP) - size
+            if self._owner.live(s, False) < 0 or self._owner.live(s, True) > most:
                 return False
         return True
 

@@ -37,6 +37,7 @@ _UNSAID = const(63)
 _NOWHERE = const(0xFFFFFFFF)
 _IDS = const(65023)  # as in session
 _LEAP = const(16)  # more than messages can be handled and not yet recorded
+_NOTHING = {}
 
 
 def identity(client_id, host, port):
@@ -60,8 +61,7 @@ class Store(Recall):
         self._grace = grace
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
-        self._topics = {}  # topic name, as it was given -> reference in the sector of that seq
-        self._head = bytearray(4)
+        self._topics = {}  # topic name, as it was given -> reference to its first record behind the newest snapshot
         self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.duplicates = 0
         self.spared = 0  # messages that were acknowledged before they had to be stored
         self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
@@ -72,13 +72,11 @@ class Store(Recall):
         self.restore(b"")
         self._used = 0  # bytes of _pending
         self._urgent = False  # an answer waits for _pending
-        self._special = self._grace  # so publish() has more to think of
-        self._late = 0  # messages finished, and no record says so
-        self._said = 0  # how far the last record said that all are finished
+        self._said = 0  # how far a record says that all are finished
         self._doubt = False  # CONNECT had gone out and no CONNACK come, before this CONNECT
         self._recorded = self.session.newest  # the newest message recorded
         # Of what is known of places and sizes nothing holds in another journal, whose ages and places are the same.
-        self._topics_seq = 0
+        self._topics.clear()
         self._reserve_for = -1  # bytes of the body that _reserved is for
         self._reserved = 1
         self._sent_at = -1  # where the topic sent last stands
@@ -137,6 +135,10 @@ class Store(Recall):
         if full:
             raise full
 
+    def state(self):
+        self._topics.clear()  # what stands in front of a snapshot is not referred to any more
+        return super().state()
+
     # -- outbound
 
     def publish(self, topic_name, payload, qos, retain=False, mark=None):
@@ -145,39 +147,34 @@ class Store(Recall):
         topic_name: str or bytes.  payload: bytes-like.  mark: None or an integer of 64 bits, signed.
         Raises ValueError for a bad argument or a message that no sector can hold, JournalFull, OSError.
         """
-        journal = self.journal
         session = self.session
         newest = session.newest
         packet_id = newest % _IDS + 1
-        if self._topics_seq == journal.seq and self._taken == newest and packet_id & 511 and mark is None:
-            # The usual case, all in one piece: the topic is known, nothing waits behind the window, and it has room.
-            try:
-                ref = self._topics.get(topic_name)
-            except TypeError:  # a bytearray
-                ref = 0
+        try:
+            ref = self._usual.get(topic_name)
+        except TypeError:  # a bytearray
+            ref = None
+        if ref and mark is None and packet_id & 511:
+            # The usual case, all in one piece.
+            out = session.out
             upto = self._upto
             distance = (packet_id - upto - 1) % _IDS
-            out = session.out
-            if ref and self.online and distance < _UNSAID and len(out) < session.limit and not self._special:
-                head = self._head
-                head[0] = packet_id & 255
-                head[1] = packet_id >> 8
-                head[2] = distance | (ref & 3) << 6
-                head[3] = ref >> 2
-                pos = journal.put(_PUB | qos << 1 | (1 if retain else 0), head, payload)
+            if distance < _UNSAID and len(out) < session.limit:
+                pos = self.journal.put(
+                    _PUB | qos << 1 | (1 if retain else 0), packet_id, distance | ref << 6, payload
+                )
                 if pos:
                     session.newest = self._taken = packet_id
                     out[packet_id] = pos << 2 | qos
-                    self._direct.append(packet_id)
                     self._said = upto
-                    self._late = self._used // 3
                     self.stored += 1
                     return packet_id
+        journal = self.journal
         if self._urgent:
             self.commit()
         topic = topic_name.encode() if isinstance(topic_name, str) else bytes(topic_name)
         key = topic_name if isinstance(topic_name, str) and not self._grace else topic
-        if self._topics_seq != journal.seq or key not in self._topics:
+        if key not in self._topics:
             check_topic(topic)
         size = len(topic) + len(payload)
         if size + 14 > journal.max_body:
@@ -208,10 +205,15 @@ class Store(Recall):
         if at_once:
             session.out[packet_id] = where
             self._taken = packet_id
-            self._direct.append(packet_id)
         if mark is not None:
             self.mark = mark
+        self._consider()
         return packet_id
+
+    def _consider(self):
+        """Whether publish() has nothing to think of but the topic changes: call this then."""
+        usual = self.online and not self._urgent and not self._grace and self._taken == self.session.newest
+        self._usual = self._topics if usual else _NOTHING
 
     def _keeps(self, packet_id, topic, payload, qos, retain, mark, at_once):
         """Whether a message can wait in RAM for its grace to be over.  If not, those that do are recorded: in order."""
@@ -236,10 +238,9 @@ class Store(Recall):
         """Program a PUB record, dropping others for it if need be; return its position."""
         journal = self.journal
         kind = _PUB | qos << 1 | (1 if retain else 0)
-        head = self._head
+        head = bytearray(4 if mark is None else 12)
         if mark is not None:
             kind |= 8
-            head = bytearray(12)
             pack_into("<q", head, 4, mark)
         head[0] = packet_id & 255
         head[1] = packet_id >> 8
@@ -249,7 +250,7 @@ class Store(Recall):
             self._reserved = self._reserve(n)
         while True:
             # Now, and not before: a record on the way here may have begun a sector.
-            ref = self._topics.get(key, 0) if self._topics_seq == journal.seq else 0
+            ref = self._topics.get(key, 0)
             if ref and not journal.fits(n):
                 ref = 0  # the topic stands in a sector that will not be the newest
             distance = (packet_id - self._upto - 1) % _IDS
@@ -268,13 +269,8 @@ class Store(Recall):
                     raise
         if distance != _UNSAID:
             self._said = self._upto
-            self._late = self._used // 3  # the entries are still to be recorded
-        if not ref:
-            if self._topics_seq != journal.seq:
-                self._topics.clear()
-                self._topics_seq = journal.seq
-            if len(self._topics) < _TOPICS:
-                self._topics[key] = (pos & 0xFFF) >> 2
+        if not ref and len(self._topics) < _TOPICS:
+            self._topics[key] = (pos & 0xFFF) >> 2
         self._recorded = packet_id
         return pos
 
@@ -454,7 +450,15 @@ class Store(Recall):
 
     def _next(self):
         """The next message to send on this connection, 0 if the window is full or nothing waits."""
-        room = self.session.limit - len(self.session.out) + len(self._resend) + len(self._direct)
+        session = self.session
+        out = session.out
+        direct = self._sent_to
+        while direct != self._taken:
+            direct = direct % _IDS + 1
+            if direct in out:
+                break
+            self._sent_to = direct  # lost or dropped
+        room = session.limit - len(out) + len(self._resend) + session.ahead(self._taken, self._sent_to)
         if self._resend:
             self._again = 1
             return self._resend.pop() if room > 0 else 0
@@ -462,9 +466,15 @@ class Store(Recall):
         self._dup = False
         if room <= 0:
             return 0
-        if self._direct:
-            return self._direct.pop(0)
-        return self._take() if self._taken != self.session.newest else 0
+        if direct != self._sent_to:
+            self._sent_to = direct
+            return direct
+        if self._taken == session.newest:
+            return 0
+        packet_id = self._take()
+        self._sent_to = self._taken
+        self._consider()
+        return packet_id
 
     def _lose(self, packet_id):
         """A message is no longer readable: count it and go on, or it would stop all others for ever."""
@@ -491,10 +501,11 @@ class Store(Recall):
         if self._held and packet_id in self._held:
             self._drop_held(packet_id)
             self.spared += 1
+            said = self._said == self._upto
             self._advance()
-            return
-        self._late += 1
-        if self._upto % _IDS + 1 == packet_id:
+            if said:  # no record speaks of this message, none has to say that it is over
+                self._said = self._upto
+        elif self._upto % _IDS + 1 == packet_id:
             self._advance()
         else:
             self._note(DONE, packet_id)
@@ -531,8 +542,10 @@ class Store(Recall):
                 self.subscriptions.clear()
             self._asked = False
         self._resend = self.session.order()
+        self._sent_to = self._taken
         self._dup = session_present
         self.online = True
+        self._consider()
 
     def begin(self, identity):
         """Record that a new session begins at the broker: nothing of an older one counts any more."""
@@ -552,7 +565,7 @@ class Store(Recall):
         """The connection is over: nothing half sent is continued, no answer is owed."""
         self.session.disconnected()
         self._resend = ()
-        self._direct = []  # in the window, and not sent yet
+        self._sent_to = self._taken  # what is in the window behind it is not sent yet
         self._again = 0
         self._dup = False
         self._held_back = 0  # taken, but there was no room in the buffer
@@ -561,6 +574,7 @@ class Store(Recall):
         self.rest = 0  # bytes of a PUBLISH still to come
         self.answers = 0  # bytes of _answers
         self.online = False
+        self._consider()
 
     # -- inbound
 
@@ -580,26 +594,35 @@ class Store(Recall):
             if record == RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
             self._note(record, packet_id, pack("<H", self.received) if record == RECEIVED else b"")
-            self._urgent = self._special = True
+            self._urgent = True
+            self._consider()
         if action & 15 and self.online:
             self.answers = put_ack(self._answers, self.answers, action & 15, packet_id)
 
     def on_ack(self, packet, packet_id):
         """A PUBACK, PUBREC, PUBREL or PUBCOMP came.  Raises ProtocolError, JournalFull, OSError."""
-        if self._late >= _LAZY or self._used > _PENDING - _LONGEST:
-            self.commit()
         session = self.session
         out = session.out
-        first = self._upto % _IDS + 1 == packet_id
-        if first and packet == PUBACK and out.get(packet_id, 0) & 3 == PUB1 and not self._held:
+        upto = self._upto
+        where = out.get(packet_id, 0)
+        if (
+            packet == PUBACK
+            and packet_id == upto % _IDS + 1
+            and where & 3 == PUB1
+            and where > 3
+            and not self._used
+            and (upto - self._said) % _IDS < _LAZY
+        ):
             # The usual case, all in one piece: the oldest message, at QoS 1.
             del out[packet_id]
-            self._late += 1
+            self._upto = packet_id
+            if packet_id % _IDS + 1 not in out:
+                self._advance()
             self.acknowledged += 1
-            self._advance()
             if self._finished:
                 self._finished(packet_id, True)
             return
+        self._ready()
         action = session.acknowledged(packet, packet_id)
         if action:
             self._act(action, packet_id)
@@ -646,7 +669,7 @@ class Store(Recall):
 
     def _ready(self):
         """Make room for an entry, before the session changes: a failure here must leave it as it was."""
-        if self._late >= _LAZY or self._used + _LONGEST > _PENDING:
+        if (self._upto - self._said) % _IDS + self._used // 3 >= _LAZY or self._used + _LONGEST > _PENDING:
             self.commit()
 
     def _note(self, record, packet_id, more=b""):
@@ -661,7 +684,7 @@ class Store(Recall):
 
     def commit(self):
         """Record all that is pending now: when idle, before an answer that depends on it, before sleeping."""
-        if not self._used and not self._late:
+        if not self._used and self._said == self._upto:
             return
         upto = b""
         if self._said != self._upto:
@@ -669,9 +692,9 @@ class Store(Recall):
             pack_into("<BHI", upto, 0, UPTO, self._upto, self._unfinished_at() & _NOWHERE)
         self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
         self._urgent = False
-        self._special = self._grace
-        self._used = self._late = 0
+        self._used = 0
         self._said = self._upto
+        self._consider()
 
     def _unfinished_at(self):
         """The position from which on all unfinished messages can be found, -1 if it is not known."""
