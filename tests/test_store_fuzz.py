@@ -55,11 +55,11 @@ class Run:
             store.begin(_ME)
         self.number_of = {}
         self.check()
+        store.connecting()
+        store.connected(True, _ME)
         for packet_id in self.sent:
             if store._is_queued(packet_id):
                 self.fail("message %d was sent, but would be sent again as new" % packet_id)
-        store.connecting()
-        store.connected(True, _ME)
 
     def fail(self, text):
         raise AssertionError("test_store_fuzz.py %d: cut %d: %s" % (self.seed, self.cuts, text))

@@ -57,7 +57,7 @@ TITLES = {
     "flash": "flash, per message; wear: most less fewest erases of a sector",
     "littlefs": "files on littlefs, per message",
     "cpu": "publish, send, acknowledge, per message; in turns of an empty loop",
-    "mount": "mount; in turns of an empty loop, worst: of the image that needs most reads",
+    "mount": "mount; in turns of an empty loop, worst: of the image that takes longest",
     "heap": "heap, 32 bit",
 }
 

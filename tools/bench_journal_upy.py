@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import time
 
 from mqtt_durable.errors import JournalFull
 from mqtt_durable.journal import Journal
@@ -370,8 +371,8 @@ def images(scenario, unit, orderly, lives, keep, prefix):
     """Write keep images of a ring as mounts find them, the one that costs most first; print what they need.
 
     The device lives so many lives of a few messages each: an orderly one ends with close(), the others with a cut in
-    some program or erase.  What is kept are the images that take most and fewest reads to mount, and as many in
-    between; reads stand for the time here, which is measured later.
+    some program or erase.  What is kept are the images that take longest and shortest to mount here, and as many in
+    between; what they take on a board, or in instructions, is measured later.
     """
     from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut
 
@@ -381,6 +382,7 @@ def images(scenario, unit, orderly, lives, keep, prefix):
     store = start(nor, unit)
     plan.begin(store, broker)
     rows = []
+    ram = Ram(plan.size)
     for life in range(lives):
         if life or not orderly:
             if not orderly:
@@ -395,18 +397,21 @@ def images(scenario, unit, orderly, lives, keep, prefix):
                 nor.power_on()
         if orderly:
             store.close()
-        with open("%s-%d.life" % (prefix, life), "wb") as f:
+        name = "%s-%d.life" % (prefix, life)
+        with open(name, "wb") as f:
             f.write(nor.mem)
+        took = min([_time_of_mount(ram, unit, name) for _ in range(3)])
         before = nor.stats()
         store = Store(Journal(nor, unit, None), in_flight=IN_FLIGHT)
         store.open()
         after = nor.stats()
         rows.append(
             (
+                took,
+                life,
                 after["reads"] - before["reads"],
                 after["programs"] - before["programs"],
                 sum(after["erases"]) - sum(before["erases"]),
-                life,
             )
         )
         broker.waiting.clear()
@@ -417,11 +422,21 @@ def images(scenario, unit, orderly, lives, keep, prefix):
     rows.reverse()
     kept = [rows[i * (lives - 1) // (keep - 1)] for i in range(keep)]
     for i, row in enumerate(kept):
-        os.rename("%s-%d.life" % (prefix, row[3]), "%s-%d.img" % (prefix, i))
+        os.rename("%s-%d.life" % (prefix, row[1]), "%s-%d.img" % (prefix, i))
     for row in rows:
         if row not in kept:
-            os.remove("%s-%d.life" % (prefix, row[3]))
-    print(json.dumps({"size": plan.size, "calls": [row[:3] for row in kept]}))
+            os.remove("%s-%d.life" % (prefix, row[1]))
+    print(json.dumps({"size": plan.size, "calls": [row[2:] for row in kept]}))
+
+
+def _time_of_mount(ram, unit, image):
+    with open(image, "rb") as f:
+        f.readinto(ram.mem)
+    gc.collect()
+    store = Store(Journal(ram, unit, None), in_flight=IN_FLIGHT)
+    begin = time.ticks_us()
+    store.open()
+    return time.ticks_diff(time.ticks_us(), begin)
 
 
 def mount(unit, size, prefix, count, mounted):

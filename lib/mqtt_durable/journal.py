@@ -296,38 +296,50 @@ class Journal(Ring):
         last_crc = -1
         begins = True  # whether a record may begin at off
         self._tail_at = -1
-        load = self.load
         replay = self._owner.replay
         buf = self.buf
         unit = self._unit
+        seed = self._seed(sector)
+        # All of it in one read: cells that power failed on read the same for everything that is decided here.
+        cells = memoryview(bytearray(_SECTOR))
+        self._device.readblocks(sector, cells, 0)
         while off < _SECTOR:
-            pos = sector << 12 | off
-            size = load(pos)
-            if size:
-                kind = buf[0]
-                arg = buf[2] | buf[3] << 8
-                crc = self._crc
-                if crc != last_crc or kind != last_kind or arg != last_arg:  # not the same once more
-                    last_crc = crc
-                    last_kind = kind
-                    last_arg = arg
-                    begin = end
-                    flawed = 0
-                last = pos
-                flawed += doubt
-                damaged += doubt
-                doubt = 0
-                begins = True
-                off += size - 1 + unit & -unit
-                end = junk = off
-                if kind < _TAIL:
-                    if self._tail_at >= 0:
-                        replay(kind, pos)
-                elif kind | 1 == _SNAP:
-                    if kind == _TAIL:
-                        tail_end = end
-                    self._restore(pos)
-                continue
+            kind = cells[off]
+            arg = cells[off + 2]
+            high = cells[off + 3]
+            if cells[off + 1] == kind ^ arg ^ high ^ 0xA5:
+                arg |= high << 8
+                stop = off + 4 if kind >= 0x80 else off + 4 + arg
+                crc = crc32(cells[off:stop], seed)
+                if stop + 4 <= _SECTOR and crc == unpack_from("<I", cells, stop)[0]:
+                    if crc != last_crc or kind != last_kind or arg != last_arg:  # not the same once more
+                        last_crc = crc
+                        last_kind = kind
+                        last_arg = arg
+                        begin = end
+                        flawed = 0
+                    last = sector << 12 | off
+                    flawed += doubt
+                    damaged += doubt
+                    doubt = 0
+                    begins = True
+                    if kind <= _SNAP:
+                        # As load() does.
+                        n = min(stop - off, _PAGE)
+                        buf[:n] = cells[off : off + n]
+                        self._crc = crc
+                    off = stop + 3 + unit & -unit
+                    end = junk = off
+                    if kind < _TAIL:
+                        if self._tail_at >= 0:
+                            replay(kind, last)
+                    elif kind <= _SNAP:
+                        if kind == _TAIL:
+                            tail_end = end
+                        self._restore(last)
+                    continue
+            n = min(_PAGE, _SECTOR - off)
+            buf[:n] = cells[off : off + n]
             n, filler = self._gap(off)
             if filler >= 0:  # zeros are what an earlier mount made of a torn record
                 begins = True
@@ -335,7 +347,7 @@ class Journal(Ring):
                 doubt = 0 if self._sums else 1
                 if begins:
                     # The page behind may have been the one that was torn, visibly or not.
-                    junk = max(junk, min(off + self._length(pos), _SECTOR))
+                    junk = max(junk, min(off + self._length(sector << 12 | off), _SECTOR))
                 begins = False
             off += n
             if filler != 0xFF:

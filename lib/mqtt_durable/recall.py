@@ -50,7 +50,8 @@ class Recall:
         """Take up a snapshot; forget all else."""
         session = self.session
         session.clear()
-        self.subscriptions = {}  # topic filter -> position << 4 | requested QoS << 2 | granted QoS
+        self._subscriptions = {}
+        self._places = []  # of subscriptions whose records are still to be read
         self.mark = None
         self.identity = 0
         self.received = 0  # QoS 2 messages received, modulo 65536
@@ -85,11 +86,20 @@ class Recall:
             session.held.add(unpack_from("<H", state, i)[0])
             i += 2
         for _ in range(subs):
-            where = unpack_from("<I", state, i)[0]
+            self._places.append(unpack_from("<I", state, i)[0])
             i += 4
-            if self.journal.load(where >> 4) and self.journal.buf[0] & 0xF0 == _SUB:
-                self._subscribe(where)  # else it will be made again
         self._look_for_oldest()
+
+    @property
+    def subscriptions(self):
+        """Topic filter -> position << 4 | requested QoS << 2 | granted QoS, of those the broker has acknowledged."""
+        while self._places:
+            where = self._places.pop(0)
+            if self.journal.load(where >> 4) and self.journal.buf[0] & 0xF0 == _SUB:
+                body = self.journal.body(where >> 4)
+                if body is not None:  # else it will be made again
+                    self._subscriptions[str(body, "utf-8")] = where
+        return self._subscriptions
 
     def state_size(self):
         session = self.session
@@ -218,11 +228,12 @@ class Recall:
         if kind & 0xF0 == _PUB:
             self._replay_publish(kind, pos)
         elif kind & 0xF0 == _SUB:
-            self._subscribe(pos << 4 | kind & 15)
+            self._places.append(pos << 4 | kind & 15)
         elif kind == _FACTS:
             self._replay_facts(self.journal.body(pos) or b"")
         elif kind == _UNSUB:
-            self.subscriptions.pop(str(self.journal.body(pos) or b"", "utf-8"), None)
+            topic_filter = str(self.journal.body(pos) or b"", "utf-8")  # before any other record is read
+            self.subscriptions.pop(topic_filter, None)
         elif kind == _SESSION:
             self.identity, self.received = unpack_from("<IH", self.journal.buf, 4)
             self._renew()
@@ -239,19 +250,31 @@ class Recall:
         self._asked = False
         return gone
 
-    def _subscribe(self, where):
-        body = self.journal.body(where >> 4)
-        if body is not None:
-            self.subscriptions[str(body, "utf-8")] = where
-
     def _replay_publish(self, kind, pos):
         buf = self.journal.buf
         session = self.session
         out = session.out
         packet_id = buf[4] | buf[5] << 8
         distance = buf[6] & 63
-        newest = session.newest
         before = (packet_id - 2) % _IDS + 1
+        last = (packet_id - distance - 2) % _IDS + 1  # all up to this one are finished
+        if session.newest == before == self._taken and not (kind & 8 or self._unknown) and len(out) < self._most:
+            # The usual case: nothing waits behind the window.
+            session.newest = self._taken = packet_id
+            out[packet_id] = pos << 2 | kind >> 1 & 3
+            if last == self._upto % _IDS + 1 and distance != _UNSAID:
+                self._upto = last
+                out.pop(last, None)
+                return
+        else:
+            self._replay_any_publish(kind, pos, packet_id, before)
+        if distance != _UNSAID and last != self._upto:
+            self._finish(last, -1)
+
+    def _replay_any_publish(self, kind, pos, packet_id, before):
+        session = self.session
+        out = session.out
+        newest = session.newest
         if self._unknown:
             newest = session.newest = self._taken = self._upto = before
             self._unknown = False
@@ -271,15 +294,11 @@ class Recall:
             else:
                 self._cursor = pos
             if kind & 8:
-                self.mark = unpack_from("<q", buf, 8)[0]
+                self.mark = unpack_from("<q", self.journal.buf, 8)[0]
         elif not self._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
             out[packet_id] = pos << 2 | kind >> 1 & 3
             if session.ahead(session.newest, packet_id) >= session.ahead(session.newest, self._upto):
                 self._upto = session.back(packet_id, 1)  # given out before the snapshot, recorded after it
-        if distance != _UNSAID:
-            last = (packet_id - distance - 2) % _IDS + 1
-            if last != self._upto:
-                self._finish(last, -1)
 
     def _finish(self, last, pos):
         """All messages up to the identifier last are finished; the next one that is not is at pos or, -1, anywhere."""
@@ -303,9 +322,10 @@ class Recall:
 
     def _look_for_oldest(self):
         session = self.session
+        newest = session.newest
         self._upto = self._taken
         if session.out:
-            self._upto = session.back(session.order()[-1], 1)
+            self._upto = session.back(newest, max([(newest - p) % _IDS for p in session.out]) + 1)
 
     def _replay_facts(self, entries):
         session = self.session

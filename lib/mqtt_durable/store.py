@@ -73,6 +73,7 @@ class Store(Recall):
         self._used = 0  # bytes of _pending
         self._urgent = False  # an answer waits for _pending
         self._said = 0  # how far a record says that all are finished
+        self._cut = 0  # power failed: in the queue up to this packet identifier may be what has been sent
         self._doubt = False  # CONNECT had gone out and no CONNACK come, before this CONNECT
         self._recorded = self.session.newest  # the newest message recorded
         # Of what is known of places and sizes nothing holds in another journal, whose ages and places are the same.
@@ -95,16 +96,20 @@ class Store(Recall):
                 self._take_to(packet_id)
             for packet_id in [p for p in out if not out[p]]:
                 del out[packet_id]
-            # After a cut these may have been sent, so they go out with DUP: a window full, and what lost its lazy DONE.
-            while not self.journal.closed and self.queued and len(out) < self._most and self._take():
-                pass
         finally:
             self._mounting = False
+        self._cut = 0 if self.journal.closed else self.session.newest
         self._recorded = self.session.newest
         if self._held:
             self._take_up_held()
         self._look_for_oldest()
         self._said = self._upto
+
+    def _take_up_sent(self):
+        """What may have been sent before a cut goes out with DUP: a window full, and what lost its lazy DONE."""
+        while self._cut and self._is_queued(self._cut) and len(self.session.out) < self._most and self._take():
+            pass
+        self._cut = 0
 
     def _take_up_held(self):
         """The messages in RAM go into the window again, but for those whose records were found."""
@@ -317,6 +322,7 @@ class Store(Recall):
 
     def _drop(self):
         """Drop the queued messages of the oldest sector that has any; False if there is none."""
+        self._take_up_sent()
         if not self.queued:
             return False
         self._ready()
@@ -541,6 +547,7 @@ class Store(Recall):
                 self.commit()
                 self.subscriptions.clear()
             self._asked = False
+        self._take_up_sent()
         self._resend = self.session.order()
         self._sent_to = self._taken
         self._dup = session_present

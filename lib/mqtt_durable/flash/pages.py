@@ -28,7 +28,8 @@ class Pages:
 
     def readblocks(self, n, buf, off=0):
         """Read len(buf) bytes at sector n, off bytes into it.  OSError if that is not inside."""
-        self._check(n, off, len(buf))
+        if not (0 <= n < self._count and 0 <= off <= _SECTOR - len(buf)):
+            self._check(n, off, len(buf))
         self._flash.readblocks(self._first + n, buf, off)
 
     def writeblocks(self, n, buf, off=None):

@@ -124,6 +124,19 @@ class PinnedDevice:
     def writeblocks(self, n, buf, off=None):
         """Program buf into sector n from off on; without off erase it first, then program all of it."""
         size = len(buf)
+        if off and off >= _HEADER and 0 <= n < self._count and off + size <= _SECTOR and not (off | size) & 3:
+            # The usual case, all in one piece: the header is the one that is known.
+            known = self._known[n]
+            if known >= 0 and not self.lost:
+                flash = self._flash
+                head = self._head
+                block = self._blocks[n]
+                flash.readblocks(block, head, 0)
+                if crc32(head) & 0x3FFFFFFF == known:
+                    self._blank = -1
+                    self._last = n
+                    flash.writeblocks(block, buf, off)
+                    return
         if (off or 0) % 4 or size % 4 or (off is None and size != _SECTOR):
             raise OSError(_EINVAL, "EINVAL")
         if off is None:
