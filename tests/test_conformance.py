@@ -1,4 +1,4 @@
-"""What MQTT 3.1.1 demands of a client and no other test proves: see normative.md, where each statement has its tests."""
+"""What MQTT 3.1.1 demands of a client and no other test proves: normative.md names the tests of each statement."""
 
 import asyncio
 
@@ -349,6 +349,28 @@ def test_dup_of_a_message_received_is_not_that_of_one_published_for_it():
         assert [p.flags for p in rig.broker.named("PUBLISH")] == [0, 2, 4]
 
     play(scenario)
+
+
+def test_answers_keep_the_order_of_the_publishes_also_behind_a_message_too_large():
+    for qos, name in ((1, "PUBACK"), (2, "PUBREC")):
+
+        async def scenario(rig):
+            held = Gate(rig.client)
+            await rig.up()
+            for n in range(1, 7):
+                payload = b"%d" % n * (5000 if n in (2, 5) else 1)
+                await rig.broker.publish("t", payload, qos, n)
+            await rig.broker.publish("t", b"last")
+            await until(lambda: len(rig.client._inbox) >= 4)
+            await turns()
+            assert rig.broker.trace() == ["CONNECT"]
+            held.gate.set()
+            await rig.broker.expect("%s 6" % name)
+            assert [p.packet_id for p in rig.broker.named(name)] == [1, 2, 3, 4, 5, 6]
+            await until(lambda: "last" in held.texts)
+            assert held.texts == ["1", "3", "4", "6", "last"] and rig.client.stats()["too_large"] == 2
+
+        play(scenario)
 
 
 def test_pubrels_keep_the_order_of_the_pubrecs():

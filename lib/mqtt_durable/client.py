@@ -69,7 +69,8 @@ class Message:
 
     def __init__(self, decoder):
         self.topic = decoder.topic
-        self.payload = bytes(decoder.payload)
+        # None: too large, only to be acknowledged in its turn.
+        self.payload = None if decoder.payload is None else bytes(decoder.payload)
         self.qos = decoder.qos
         self.retain = bool(decoder.flags & 1)
         self.dup = bool(decoder.flags & 8)
@@ -659,16 +660,15 @@ class Client:
             return
         if decoder.payload is None:
             self.too_large += 1
-            if qos:  # or it would come back for ever
-                store.handled(qos, packet_id, store.session.epoch)
-            return
+            if not qos:
+                return
         taken = False
         try:
             if await self._has_room(qos):
                 message = Message(decoder)
                 message._epoch = self._epoch
                 self._inbox.append(message)
-                self._inbox_bytes += len(message.payload)
+                self._inbox_bytes += len(message.payload or b"")
                 self._arrived.set()
                 taken = True
         finally:
@@ -882,15 +882,16 @@ class Client:
                 self._arrived.clear()
                 await self._arrived.wait()
             self._handling = message = inbox.popleft()
-            self._inbox_bytes -= len(message.payload)
+            self._inbox_bytes -= len(message.payload or b"")
             self._accepted.set()
-            self.received += 1
-            if message.qos == 2:
-                message.token = store.token(message._packet_id)
-            try:
-                await self._deliver(message)
-            except Exception as e:
-                self._handler_failed(e)
+            if message.payload is not None:
+                self.received += 1
+                if message.qos == 2:
+                    message.token = store.token(message._packet_id)
+                try:
+                    await self._deliver(message)
+                except Exception as e:
+                    self._handler_failed(e)
             if message.qos:
                 while self.connected and not store.can_answer:
                     await self._room()
