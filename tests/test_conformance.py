@@ -412,3 +412,16 @@ def test_clean_session_uses_nothing_of_an_earlier_one():
 
     script = [(1, "PUBREC", 0, "silent"), (1, "PUBREL", 0, "silent"), (1, "PUBLISH", 2, "silent")]
     play(scenario, script, clean=True)
+
+
+def test_broker_that_claims_a_session_after_a_clean_connect_is_not_believed():
+    for options in ({"clean": True}, {"fresh": True}):
+
+        async def scenario(rig):
+            await rig.client.publish("t", "a", qos=2)
+            assert await rig.client.drain(20)
+            assert rig.client.stats()["protocol_errors"] == 1
+            assert rig.broker.trace(1) == ["CONNECT clean"]
+            assert [repr(p) for p in rig.broker.named("PUBLISH")] == ["PUBLISH 1 a"]
+
+        play(scenario, [(1, "CONNECT", 1, "present 1")], **options)

@@ -613,6 +613,8 @@ class Client:
             raise ProtocolError("packet type %d before CONNACK" % kind)
         if decoder.return_code:
             raise ConnectRefused(decoder.return_code)
+        if clean and decoder.session_present:  # [MQTT-3.2.2-1]; it would take new identifiers for old ones
+            raise ProtocolError("session present after a clean CONNECT")
 
     async def _receive(self, stream):
         n = await stream.readinto(self._decoder.space())
