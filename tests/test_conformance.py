@@ -1,7 +1,9 @@
 """What MQTT 3.1.1 demands of a client and no other test proves: normative.md names the tests of each statement."""
 
 import asyncio
+import time
 
+import mqtt_durable.client as client_module
 from fakebroker import FakeBroker, ack, publish, turns, until
 from mqtt_durable.errors import ConnectRefused, JournalFull, ProtocolError
 from mqtt_durable.packet import DISCONNECT_BYTES, Decoder, check_filter, check_topic, encode_connect, encode_publish
@@ -425,3 +427,70 @@ def test_broker_that_claims_a_session_after_a_clean_connect_is_not_believed():
             assert [repr(p) for p in rig.broker.named("PUBLISH")] == ["PUBLISH 1 a"]
 
         play(scenario, [(1, "CONNECT", 1, "present 1")], **options)
+
+
+# Keep-alive.
+
+
+class _Sleepless:
+    """In place of the client's asyncio: a second of sleep is over when all is quiet."""
+
+    def __init__(self, sleep_ms):
+        self.sleep_ms = sleep_ms
+
+    def __getattr__(self, name):
+        return getattr(asyncio, name)
+
+
+class _Time:
+    """In place of the client's time."""
+
+    now = 0
+
+    def ticks_ms(self):
+        return self.now
+
+    def ticks_diff(self, a, b):
+        return a - b
+
+
+def test_no_more_than_keep_alive_passes_between_two_packets():
+    for keep_alive_s in (1, 2, 3, 4, 5, 7, 8, 60):
+        heard = []  # when each packet was
+
+        async def scenario(rig):
+            client = rig.client
+            clock = _Time()
+
+            async def quiet():
+                await until(lambda: client._ping_at is None and not client._outbox)
+                while len(heard) < len(rig.broker.packets):
+                    heard.append(clock.now)
+
+            async def sleep_ms(ms):
+                if not ms:
+                    return await asyncio.sleep_ms(0)
+                await quiet()
+                if len(heard) == 1:
+                    clock.now += 1  # the worst moment: just after the clock was looked at
+                    client._outbox.append(encode_publish(b"t", b"x"))
+                    client._wake.set()
+                    await until(lambda: len(rig.broker.packets) == 2)
+                    await quiet()
+                    ms -= 1
+                clock.now += ms
+                await asyncio.sleep_ms(0)
+
+            client_module.time = clock
+            client_module.asyncio = _Sleepless(sleep_ms)
+            try:
+                await client.start()
+                await rig.broker.expect("PINGREQ", 5)
+                await client.close()
+            finally:
+                client_module.time = time
+                client_module.asyncio = asyncio
+            gaps = [b - a for a, b in zip(heard, heard[1:])]
+            assert len(gaps) > 4 and max(gaps) < keep_alive_s * 1000, (keep_alive_s, gaps)
+
+        play(scenario, start=False, keep_alive_s=keep_alive_s)

@@ -109,7 +109,8 @@ class Client:
         self.client_id = configured_client_id(config)
         self._broker = broker
         self._keep_alive_ms = broker["keep_alive_s"] * 1000
-        self._pulse_ms = _PULSE_MS
+        # A PINGREQ is due after 3/4 of the keep-alive, and a pulse later it has gone out.
+        self._pulse_ms = min(_PULSE_MS, self._keep_alive_ms // 8 or _PULSE_MS)
         self._clean = session["clean"]
         self._identity = identity(self.client_id, broker["host"], broker["port"])
         self._waits = journal["when_full"] == "wait"
