@@ -136,6 +136,7 @@ def test_first_connect_is_retried_until_the_broker_is_there():
 
 
 def test_first_connect_is_retried_when_refused():
+    """[MQTT-3.2.2-5]"""
     async def scenario(rig):
         await rig.up(2)
         assert isinstance(rig.client.last_error, ConnectRefused) and rig.client.last_error.return_code == 3
@@ -228,6 +229,7 @@ def test_connect_is_plain_without_options():
 
 
 def test_bad_will_is_refused_at_once():
+    """[MQTT-3.1.2-14]"""
     async def scenario(rig):
         for will in (("a/#", "", 0, False), ("a", "", 3, False)):
             try:
@@ -262,6 +264,7 @@ def test_clean_connect_is_repeated_until_it_was_answered():
 
 
 def test_other_client_id_begins_a_new_session_and_keeps_the_messages():
+    """[MQTT-3.1.3-2]"""
     async def scenario(rig):
         await rig.client.publish("a", b"1", qos=2)
         await rig.client.publish("a", b"2", qos=1)
@@ -317,6 +320,7 @@ async def _three_unacknowledged(rig):
 
 
 def test_session_present_resends_with_dup_same_id_in_order_before_anything_new_and_once():
+    """[MQTT-2.3.1-3] [MQTT-3.3.1-1] [MQTT-3.3.1-3] [MQTT-4.3.2-1] [MQTT-4.6.0-1]"""
     async def scenario(rig):
         await _three_unacknowledged(rig)
         await rig.broker.stop()
@@ -333,6 +337,7 @@ def test_session_present_resends_with_dup_same_id_in_order_before_anything_new_a
 
 
 def test_session_present_resends_the_same_after_a_reboot():
+    """[MQTT-2.3.1-3] [MQTT-3.1.2-4] [MQTT-3.3.1-1] [MQTT-4.4.0-1]"""
     async def scenario(rig):
         await _three_unacknowledged(rig)
         client = await rig.reboot()
@@ -437,14 +442,17 @@ def _lose(reboot):
 
 
 def test_lost_link_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
+    """[MQTT-4.1.0-2] [MQTT-4.3.2-1] [MQTT-4.3.3-1]"""
     _lose(reboot=False)
 
 
 def test_lost_power_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
+    """[MQTT-4.1.0-1]"""
     _lose(reboot=True)
 
 
 def test_publish_is_not_sent_again_after_its_pubrec():
+    """[MQTT-4.3.3-1]"""
     async def scenario(rig):
         await rig.client.publish("t", "a", qos=2)
         await rig.broker.expect("PUBREL 1")
@@ -457,6 +465,7 @@ def test_publish_is_not_sent_again_after_its_pubrec():
 
 
 def test_link_that_delivers_byte_by_byte_is_understood():
+    """[MQTT-7.1.2-1]"""
     async def scenario(rig):
         got = []
         rig.client.on("#", lambda message: got.append(message.payload))
@@ -471,6 +480,7 @@ def test_link_that_delivers_byte_by_byte_is_understood():
 
 
 def test_publish_larger_than_the_send_buffer_goes_out_whole():
+    """[MQTT-7.1.2-1]"""
     async def scenario(rig):
         payload = "0123456789" * 300
         for qos in (1, 2, 0):
@@ -580,6 +590,7 @@ class Gate:
 
 
 def test_puback_and_pubrec_go_out_only_when_the_handler_has_returned():
+    """[MQTT-3.3.4-1]"""
     for qos, answer in ((1, "PUBACK 7"), (2, "PUBREC 7")):
 
         async def scenario(rig):
@@ -630,6 +641,7 @@ def test_first_handler_that_matches_is_called_and_the_same_filter_replaces_it():
 
 
 def test_qos_2_message_is_handled_once_however_often_it_is_sent_before_pubrel():
+    """[MQTT-3.3.1-3] [MQTT-4.3.3-2]"""
     async def scenario(rig):
         held = Gate(rig.client)
         await rig.up()
@@ -651,6 +663,7 @@ def test_qos_2_message_is_handled_once_however_often_it_is_sent_before_pubrel():
 
 
 def test_qos_2_message_is_handled_once_over_reconnects_and_reboots():
+    """[MQTT-3.1.2-4] [MQTT-4.1.0-1]"""
     async def scenario(rig):
         held = Gate(rig.client)
         held.gate.set()
@@ -942,6 +955,7 @@ def test_loop_over_messages_ends_with_close():
 
 
 def test_oversized_message_is_acknowledged_counted_and_not_delivered():
+    """[MQTT-4.5.0-2]"""
     async def scenario(rig):
         got = []
         rig.client.on("#", lambda message: got.append(message.payload))
@@ -984,6 +998,7 @@ def test_subscribe_refused():
 
 
 def test_bad_arguments_are_value_errors_and_change_nothing():
+    """[MQTT-3.3.1-4] [MQTT-3.3.2-2] [MQTT-3.8.3-1] [MQTT-3.10.3-1]"""
     async def scenario(rig):
         client = rig.client
         await rig.up()
@@ -1101,6 +1116,7 @@ def test_subscribe_offline_is_sent_when_connected():
 
 
 def test_identifiers_of_subscribe_are_none_of_a_live_message():
+    """[MQTT-2.3.1-2]"""
     async def scenario(rig):
         for n in range(3):
             await rig.client.publish("t", str(n), qos=1)
@@ -1115,6 +1131,7 @@ def test_identifiers_of_subscribe_are_none_of_a_live_message():
 
 
 def test_ping_goes_out_in_idle_time_and_an_answer_keeps_the_link():
+    """[MQTT-3.1.2-23]"""
     async def scenario(rig):
         rig.client._keep_alive_ms = 4
         rig.client._pulse_ms = 1
@@ -1138,6 +1155,7 @@ def test_no_ping_without_keep_alive():
 
 
 def test_half_open_link_is_noticed_by_its_own_deadline_when_idle():
+    """[MQTT-3.12.4-1]"""
     async def scenario(rig):
         rig.client._keep_alive_ms = 4
         rig.client._pulse_ms = 1
@@ -1208,6 +1226,7 @@ GARBAGE = (
 
 
 def test_garbage_ends_the_connection_is_counted_and_loses_nothing():
+    """[MQTT-3.2.0-1] [MQTT-3.8.4-5] [MQTT-3.9.3-2] [MQTT-4.8.0-1]"""
     for name, data in GARBAGE:
 
         async def scenario(rig):
@@ -1226,6 +1245,7 @@ def test_garbage_ends_the_connection_is_counted_and_loses_nothing():
 
 
 def test_fault_in_a_connection_task_makes_a_new_connection():
+    """[MQTT-4.8.0-2]"""
     async def scenario(rig):
         faults = [MemoryError("no room")]
 
@@ -1247,6 +1267,7 @@ def test_fault_in_a_connection_task_makes_a_new_connection():
 
 
 def test_message_there_is_no_memory_for_comes_again():
+    """[MQTT-4.8.0-2]"""
     async def scenario(rig):
         got = []
         rig.client.on("#", lambda message: got.append(message.payload))
@@ -1488,6 +1509,7 @@ def test_flood_of_qos_0_is_bounded_and_keeps_neither_messages_nor_acknowledgemen
 
 
 def test_close_flushes_and_sends_disconnect_and_nothing_after_it():
+    """[MQTT-3.14.4-2]"""
     async def scenario(rig):
         client = rig.client
         await rig.up()

@@ -77,6 +77,9 @@ def play_raw(scenario, says=b"", **options):
 
 
 def test_one_conversation_with_every_packet_a_client_can_send():
+    """[MQTT-2.2.2-1] [MQTT-2.3.1-1] [MQTT-2.3.1-5] [MQTT-2.3.1-6] [MQTT-3.1.0-2] [MQTT-3.3.1-2] [MQTT-3.6.1-1]
+    [MQTT-3.8.1-1] [MQTT-3.8.3-3] [MQTT-3-8.3-4] [MQTT-3.10.1-1] [MQTT-3.10.3-2] [MQTT-4.3.1-1]
+    """
     async def scenario(rig):
         client = rig.client
         client._pulse_ms = 1
@@ -119,6 +122,7 @@ def test_one_conversation_with_every_packet_a_client_can_send():
 
 
 def test_connection_begins_with_connect_itself_and_no_more_before_its_answer():
+    """[MQTT-3.1.0-1] [MQTT-3.2.0-1] [MQTT-6.0.0-1] [MQTT-6.0.0-2] [MQTT-6.0.0-3]"""
     async def scenario(rig):
         client = rig.client
         asking = asyncio.create_task(client.subscribe("f", 1))
@@ -135,6 +139,7 @@ def test_connection_begins_with_connect_itself_and_no_more_before_its_answer():
 
 
 def test_refused_client_closes_also_when_the_broker_does_not():
+    """[MQTT-3.2.2-5]"""
     async def scenario(rig):
         await until(lambda: len(rig.broker.closed) >= 2)
         assert isinstance(rig.client.last_error, ConnectRefused) and rig.client.last_error.return_code == 5
@@ -144,6 +149,7 @@ def test_refused_client_closes_also_when_the_broker_does_not():
 
 
 def test_violation_is_answered_by_the_end_of_the_connection_and_by_not_one_byte():
+    """[MQTT-1.5.3-1] [MQTT-1.5.3-2] [MQTT-2.2.2-2] [MQTT-3.2.0-1] [MQTT-3.2.2-4] [MQTT-3.3.1-4] [MQTT-4.8.0-1]"""
     for says in (
         b"\x20\x02\x01\x05",  # session present in a refusal
         b"\x21\x02\x00\x00",  # flags in CONNACK
@@ -168,6 +174,7 @@ def test_violation_is_answered_by_the_end_of_the_connection_and_by_not_one_byte(
 
 
 def test_disconnect_is_followed_by_the_end_of_the_connection_and_nothing_else():
+    """[MQTT-3.14.4-1] [MQTT-3.14.4-2]"""
     async def scenario(rig):
         client = rig.client
         running = [True]
@@ -192,6 +199,9 @@ def test_disconnect_is_followed_by_the_end_of_the_connection_and_nothing_else():
 
 
 def test_connect_flags_tell_exactly_what_the_payload_holds_and_in_which_order():
+    """[MQTT-3.1.2-9] [MQTT-3.1.2-11] [MQTT-3.1.2-13] [MQTT-3.1.2-15] [MQTT-3.1.2-18] [MQTT-3.1.2-19]
+    [MQTT-3.1.2-20] [MQTT-3.1.2-21] [MQTT-3.1.2-22] [MQTT-3.1.3-1] [MQTT-3.1.3-3]
+    """
     for clean in (False, True):
         for will in (None, ("w\u00e9", b"\0m", 0, False), ("w", b"", 1, True), ("w", b"m", 2, False)):
             for username in (None, "", "us\u00e9r"):
@@ -224,6 +234,7 @@ def test_connect_flags_tell_exactly_what_the_payload_holds_and_in_which_order():
 
 
 def test_text_of_connect_is_utf_8_or_refused():
+    """[MQTT-3.1.3-4] [MQTT-3.1.3-10] [MQTT-3.1.3-11]"""
     for bad in (b"\xff", b"a\0", b"\xed\xa0\x80"):
         raises(ValueError, encode_connect, bad, True, 0)
         raises(ValueError, encode_connect, "a", True, 0, bad)
@@ -231,6 +242,7 @@ def test_text_of_connect_is_utf_8_or_refused():
 
 
 def test_u_feff_is_never_stripped():
+    """[MQTT-1.5.3-3]"""
     bom = "\ufeffa"
     assert check_topic(bom) == check_filter(bom) == b"\xef\xbb\xbfa"
     assert encode_publish(check_topic(bom), b"") == b"\x30\x06\x00\x04\xef\xbb\xbfa"
@@ -246,6 +258,7 @@ def test_u_feff_is_never_stripped():
 
 
 def test_identifier_is_taken_until_the_last_acknowledgement():
+    """[MQTT-2.3.1-2] [MQTT-2.3.1-3]"""
     for state in (PUB2, REL):  # waits for PUBREC; for PUBCOMP
         session = Session(4)
         session.out[600] = state
@@ -262,6 +275,7 @@ def test_identifier_is_taken_until_the_last_acknowledgement():
 
 
 def test_answers_to_subscribe_and_unsubscribe_are_matched_by_their_identifiers():
+    """[MQTT-2.3.1-7] [MQTT-3.8.4-5] [MQTT-3.9.3-1]"""
     async def scenario(rig):
         client = rig.client
         await rig.up()
@@ -287,6 +301,7 @@ def test_answers_to_subscribe_and_unsubscribe_are_matched_by_their_identifiers()
 
 
 def test_requested_qos_is_0_to_2():
+    """[MQTT-3-8.3-4]"""
     async def scenario(rig):
         await rig.up()
         for qos in (-1, 3, 4, 128, 256, None):
@@ -302,6 +317,7 @@ def test_requested_qos_is_0_to_2():
 
 
 def test_each_publish_is_answered_as_its_qos_demands_wanted_or_not():
+    """[MQTT-3.3.4-1] [MQTT-4.5.0-2]"""
     async def scenario(rig):
         got = []
         rig.client.on("wanted", lambda message: got.append(message.qos))
@@ -325,6 +341,7 @@ def test_each_publish_is_answered_as_its_qos_demands_wanted_or_not():
 
 
 def test_identifier_of_a_qos_1_message_is_free_after_its_puback_whatever_dup_says():
+    """[MQTT-4.3.2-2]"""
     async def scenario(rig):
         got = []
         rig.client.on("#", lambda message: got.append((message.payload, message.dup)))
@@ -338,6 +355,7 @@ def test_identifier_of_a_qos_1_message_is_free_after_its_puback_whatever_dup_say
 
 
 def test_dup_of_a_message_received_is_not_that_of_one_published_for_it():
+    """[MQTT-3.3.1-3]"""
     async def scenario(rig):
         async def forward(message):
             for qos in (0, 1, 2):
@@ -354,6 +372,7 @@ def test_dup_of_a_message_received_is_not_that_of_one_published_for_it():
 
 
 def test_answers_keep_the_order_of_the_publishes_also_behind_a_message_too_large():
+    """[MQTT-4.6.0-2] [MQTT-4.6.0-3]"""
     for qos, name in ((1, "PUBACK"), (2, "PUBREC")):
 
         async def scenario(rig):
@@ -376,6 +395,7 @@ def test_answers_keep_the_order_of_the_publishes_also_behind_a_message_too_large
 
 
 def test_pubrels_keep_the_order_of_the_pubrecs():
+    """[MQTT-4.6.0-4]"""
     async def scenario(rig):
         for n in range(4):
             await rig.client.publish("t", "%d" % n, qos=2)
@@ -392,6 +412,7 @@ def test_pubrels_keep_the_order_of_the_pubrecs():
 
 
 def test_clean_session_uses_nothing_of_an_earlier_one():
+    """[MQTT-3.1.2-6]"""
     async def scenario(rig):
         got = []
         client = rig.client
@@ -417,6 +438,7 @@ def test_clean_session_uses_nothing_of_an_earlier_one():
 
 
 def test_broker_that_claims_a_session_after_a_clean_connect_is_not_believed():
+    """[MQTT-3.1.2-6]"""
     for options in ({"clean": True}, {"fresh": True}):
 
         async def scenario(rig):
@@ -455,6 +477,7 @@ class _Time:
 
 
 def test_no_more_than_keep_alive_passes_between_two_packets():
+    """[MQTT-3.1.2-23]"""
     for keep_alive_s in (1, 2, 3, 4, 5, 7, 8, 60):
         heard = []  # when each packet was
 

@@ -58,6 +58,7 @@ def test_remaining_length_takes_the_bytes_of_table_2_4():
 
 
 def test_acknowledgements_have_the_flags_of_table_2_2():
+    """[MQTT-2.2.2-1] [MQTT-3.6.1-1]"""
     for kind, data in (
         (PUBACK, b"\x40\x02\x12\x34"),
         (PUBREC, b"\x50\x02\x12\x34"),
@@ -70,6 +71,7 @@ def test_acknowledgements_have_the_flags_of_table_2_2():
 
 
 def test_connect_has_the_bytes_of_section_3_1():
+    """[MQTT-3.1.2-9] [MQTT-3.1.3-1]"""
     for args, data in (
         (("a", True, 0), b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x00\x00\x01a"),
         (("a", False, 10), b"\x10\x0d\x00\x04MQTT\x04\x00\x00\x0a\x00\x01a"),
@@ -89,6 +91,7 @@ def test_connect_has_the_bytes_of_section_3_1():
 
 
 def test_connect_refuses_what_the_broker_would():
+    """[MQTT-3.1.2-14] [MQTT-3.1.2-22] [MQTT-3.1.3-7]"""
     for args in (
         ("", False, 0),
         ("a", True, -1),
@@ -108,17 +111,20 @@ def test_connect_refuses_what_the_broker_would():
 
 
 def test_publish_at_qos_0_has_no_packet_identifier():
+    """[MQTT-2.3.1-5] [MQTT-3.3.1-2] [MQTT-4.3.1-1]"""
     assert packet.encode_publish(b"a/b", b"21.5") == b"\x30\x09\x00\x03a/b21.5"
     assert packet.encode_publish(b"a/b", b"", True) == b"\x31\x05\x00\x03a/b"
     assert packet.encode_publish(b"t", b"x" * 125) == b"\x30\x80\x01\x00\x01t" + b"x" * 125
 
 
 def test_subscribe_and_unsubscribe_have_the_bytes_of_sections_3_8_and_3_10():
+    """[MQTT-3.8.1-1] [MQTT-3.8.3-3] [MQTT-3.10.1-1] [MQTT-3.10.3-2]"""
     assert packet.encode_subscribe(10, b"a/b", 1) == b"\x82\x08\x00\x0a\x00\x03a/b\x01"
     assert packet.encode_unsubscribe(0x100, b"c/d") == b"\xa2\x07\x01\x00\x00\x03c/d"
 
 
 def test_pingreq_and_disconnect_have_two_bytes():
+    """[MQTT-2.2.2-1]"""
     assert packet.PINGREQ_BYTES == b"\xc0\x00" and packet.DISCONNECT_BYTES == b"\xe0\x00"
 
 
@@ -155,6 +161,7 @@ _WELL_FORMED = (
 
 
 def test_text_is_the_utf_8_of_mqtt_on_every_interpreter():
+    """[MQTT-1.5.3-1] [MQTT-1.5.3-2] [MQTT-1.5.3-3]"""
     for data in _ILL_FORMED:
         raises(ValueError, packet.utf8, data)
         raises(ValueError, packet.utf8, memoryview(data))
@@ -164,6 +171,9 @@ def test_text_is_the_utf_8_of_mqtt_on_every_interpreter():
 
 
 def test_topic_names_and_filters_are_checked():
+    """[MQTT-3.3.2-2] [MQTT-3.8.3-1] [MQTT-3.8.3-3] [MQTT-3.10.3-1] [MQTT-3.10.3-2] [MQTT-4.7.1-1]
+    [MQTT-4.7.1-2] [MQTT-4.7.1-3] [MQTT-4.7.3-1] [MQTT-4.7.3-2] [MQTT-4.7.3-3]
+    """
     for good in ("a", "/", "a//b", "$SYS/x", " ", "\u00e4/\U0002a6d4", "a" * 65535):
         assert packet.check_topic(good) == good.encode() == packet.check_topic(good.encode())
         assert packet.check_filter(good) == good.encode()
@@ -179,6 +189,7 @@ def test_topic_names_and_filters_are_checked():
 
 
 def test_filters_match_as_section_4_7_says():
+    """[MQTT-4.7.1-1] [MQTT-4.7.1-2] [MQTT-4.7.1-3]"""
     for topic_filter, topic_name, expected in (
         ("sport/tennis/player1/#", "sport/tennis/player1", True),
         ("sport/tennis/player1/#", "sport/tennis/player1/ranking", True),
@@ -267,6 +278,9 @@ def test_the_dup_flag_and_the_qos_can_be_read():
 
 
 def test_what_no_server_may_send_is_a_protocol_error():
+    """[MQTT-1.5.3-1] [MQTT-1.5.3-2] [MQTT-2.2.2-2] [MQTT-3.2.2-4] [MQTT-3.3.1-2] [MQTT-3.3.1-4] [MQTT-3.3.2-1]
+    [MQTT-3.3.2-2] [MQTT-3.6.1-1] [MQTT-3.9.3-2] [MQTT-4.7.3-1]
+    """
     for name, data in (
         ("type 0", b"\x00\x00"),
         ("CONNECT", b"\x10\x00"),

@@ -48,6 +48,7 @@ _INBOUND = ((HELD, PUBREL, 0, INDONE, PUBCOMP), (0, PUBREL, 0, 0, PUBCOMP))
 
 
 def test_every_legal_transition_has_its_record_and_its_answer():
+    """[MQTT-2.3.1-6] [MQTT-4.3.2-1] [MQTT-4.3.3-1]"""
     for state, packet, after, record, answer in _OUTBOUND + _INBOUND:
         session = _session(state)
         assert session.acknowledged(packet, 5) == record << 4 | answer, (state, packet)
@@ -95,6 +96,7 @@ def test_the_two_directions_are_separate_spaces():
 
 
 def test_identifiers_of_messages_run_from_1_to_65023_one_after_the_other_and_wrap():
+    """[MQTT-2.3.1-1]"""
     session = Session(4)
     assert session.new_id() == 1
     session.newest = 65022
@@ -104,6 +106,7 @@ def test_identifiers_of_messages_run_from_1_to_65023_one_after_the_other_and_wra
 
 
 def test_requests_have_identifiers_of_their_own():
+    """[MQTT-2.3.1-1]"""
     session = Session(4)
     given = [session.request_id() for _ in range(513)]
     assert given == list(range(65024, 65536)) + [0]  # SUBSCRIBE draws from the same space as PUBLISH
@@ -128,6 +131,7 @@ def test_a_message_never_acknowledged_stops_the_identifiers_before_they_are_ambi
 
 
 def test_order_is_that_of_the_publishes_across_the_wrap():
+    """[MQTT-4.6.0-1]"""
     session = Session(8)
     for packet_id in (65022, 65023, 1, 2):
         session.out[packet_id] = _WHERE | PUB1
@@ -136,6 +140,7 @@ def test_order_is_that_of_the_publishes_across_the_wrap():
 
 
 def test_a_qos_2_message_is_delivered_once_until_its_pubrel():
+    """[MQTT-4.3.3-2]"""
     session = Session(4)
     assert session.incoming(2, 7) == 0
     assert session.incoming(2, 7) == -1  # the handler has it: no answer yet
@@ -148,6 +153,7 @@ def test_a_qos_2_message_is_delivered_once_until_its_pubrel():
 
 
 def test_a_qos_1_message_is_acknowledged_when_its_handler_has_returned():
+    """[MQTT-4.3.2-2]"""
     session = Session(4)
     assert session.incoming(1, 7) == 0
     assert session.incoming(1, 7) == -1

@@ -110,6 +110,7 @@ def test_publish_returns_when_its_record_is_programmed():
 
 
 def test_a_message_is_sent_as_it_was_given():
+    """[MQTT-3.3.2-1]"""
     for unit in _UNITS:
         nor, store = _begin(unit)
         store.publish("a/b", b"", 1)
@@ -123,6 +124,7 @@ def test_a_message_is_sent_as_it_was_given():
 
 
 def test_bad_arguments_are_refused_and_change_nothing():
+    """[MQTT-3.3.2-1]"""
     nor, store = _begin()
     ops = nor.ops
     for topic in ("", "a/#", "+", "a\0", b"\xff"):
@@ -248,6 +250,7 @@ def test_the_order_across_the_wrap_survives_a_restart():
 
 
 def test_a_live_identifier_is_never_given_again():
+    """[MQTT-2.3.1-2]"""
     nor, store = _begin(in_flight=4)
     stuck = store.publish("t", b"stuck", 1)
     _bytes(store)
@@ -393,6 +396,7 @@ def test_no_more_answers_than_fit_are_taken():
 
 
 def test_the_unfinished_go_out_again_in_order_before_anything_new_and_once_a_connection():
+    """[MQTT-4.4.0-1] [MQTT-4.6.0-1]"""
     for unit in _UNITS:
         for restart in (False, True):
             nor, store = _begin(unit, in_flight=6)
@@ -437,6 +441,7 @@ def test_without_a_session_all_goes_out_as_new_and_what_had_its_pubrec_is_over()
 
 
 def test_a_new_journal_knows_no_session_and_an_old_one_knows_whose():
+    """[MQTT-3.1.3-2]"""
     nor = Nor(32768)
     store = _open(nor)
     assert store.identity == 0
@@ -489,6 +494,7 @@ def test_a_handler_that_ends_on_the_next_connection_answers_what_came_again():
 
 
 def test_subscriptions_survive_until_they_are_ended():
+    """[MQTT-3.1.2-4]"""
     for unit in _UNITS:
         nor, store = _begin(unit, sectors=4)
         store.subscribed("a/+", 1, 1)
@@ -973,6 +979,7 @@ def test_a_failed_device_leaves_what_is_stored_and_open_takes_it_up_again():
 
 
 def test_messages_in_every_state_are_carried_forward_over_many_laps():
+    """[MQTT-4.1.0-2]"""
     for unit in _UNITS:
         nor, store = _begin(unit, sectors=4, in_flight=8)
         store.publish("t", b"one", 1)

@@ -114,6 +114,7 @@ INBOUND = (
 
 
 def test_no_message_is_lost_or_doubled_when_the_link_is_cut_at_any_packet_on_its_way_out():
+    """[MQTT-7.0.0-2]"""
     async def case(broker, link, other, name, qos, direction, packet, when):
         async with make(link.port, client_id=name) as client:
             await until(lambda: client.connected)
@@ -137,6 +138,7 @@ def test_no_message_is_lost_or_doubled_when_the_link_is_cut_at_any_packet_on_its
 
 
 def test_no_message_is_lost_or_doubled_when_the_link_is_cut_at_any_packet_on_its_way_in():
+    """[MQTT-7.0.0-2]"""
     async def case(broker, link, other, name, qos, direction, packet, when):
         got = []
         async with make(link.port, client_id=name) as client:
@@ -158,6 +160,7 @@ def test_no_message_is_lost_or_doubled_when_the_link_is_cut_at_any_packet_on_its
 
 
 def test_link_in_single_bytes_with_large_and_small_messages():
+    """[MQTT-7.1.2-1]"""
     async def scenario(broker, link, other):
         got = []
         async with make(link.port) as client:
@@ -244,6 +247,7 @@ def test_broker_down_at_the_start_gets_all_when_it_comes():
 
 
 def test_half_open_link_is_noticed_and_left():
+    """[MQTT-3.12.4-1]"""
     async def scenario(link, other):
         async with make(link.port, answer_ms=300) as client:
             client._pulse_ms = 50
@@ -475,6 +479,7 @@ def _run(qos, seed):
 
 
 def test_random_cuts_restarts_and_reboots_lose_nothing_and_double_nothing_at_qos_2():
+    """[MQTT-4.1.0-1]"""
     kinds = set()
     power_cuts = 0
     for qos, seed in RUNS:
