@@ -141,11 +141,11 @@ def test_connection_begins_with_connect_itself_and_no_more_before_its_answer():
 def test_refused_client_closes_also_when_the_broker_does_not():
     """[MQTT-3.2.2-5]"""
     async def scenario(rig):
-        await until(lambda: len(rig.broker.closed) >= 2)
+        await until(lambda: rig.broker.closed)
         assert isinstance(rig.client.last_error, ConnectRefused) and rig.client.last_error.return_code == 5
-        assert rig.broker.heard[:2] == [encode_connect("p7", False, 60)] * 2
+        assert rig.broker.heard == [encode_connect("p7", False, 60)]
 
-    play_raw(scenario, b"\x20\x02\x00\x05")
+    play_raw(scenario, b"\x20\x02\x00\x05", backoff_ms=(600000, 600000))
 
 
 def test_violation_is_answered_by_the_end_of_the_connection_and_by_not_one_byte():
@@ -193,7 +193,8 @@ def test_disconnect_is_followed_by_the_end_of_the_connection_and_nothing_else():
         await turns()
         running.clear()
         await task
-        assert len(rig.broker.heard) == 1 and rig.broker.heard[0][-2:] == DISCONNECT_BYTES
+        [heard] = rig.broker.heard
+        assert heard[-2:] == DISCONNECT_BYTES and heard.count(DISCONNECT_BYTES) == 1
 
     play_raw(scenario, b"\x20\x02\x00\x00", in_flight=64, when_full="drop_oldest")
 
