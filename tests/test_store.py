@@ -590,6 +590,33 @@ def test_the_order_survives_a_restart_in_the_middle_of_the_queue():
             assert store.waiting == 0 and store.lost == 0
 
 
+def test_what_is_sent_after_an_orderly_restart_has_dup_after_a_cut():
+    """[MQTT-3.3.1-1]"""
+    for unit in _UNITS:
+        for offline in (False, True):
+            nor, store = _begin(unit, in_flight=1)
+            if offline:
+                store.disconnected()
+            _publish(store, 3, 2)
+            if not offline:
+                assert _sent(store) == [(0x34, 1, b"0")]
+            store.close()
+            store = _reopen(nor, in_flight=1)
+            if offline:
+                assert _sent(store) == [(0x34, 1, b"0")]
+            else:
+                assert _sent(store) == [(0x3C, 1, b"0")]
+                store.on_ack(PUBREC, 1)
+                assert _sent(store) == [(0x62, 1, None)]
+                store.close()
+                store = _reopen(nor, in_flight=1)
+                assert _sent(store) == [(0x62, 1, None)]
+                store.on_ack(PUBCOMP, 1)
+                assert _sent(store) == [(0x34, 2, b"1")]
+            again = _sent(_reopen(nor, in_flight=3))
+            assert (0x3C, 1 if offline else 2, b"0" if offline else b"1") in again, (unit, offline, again)
+
+
 def test_a_smaller_window_after_a_restart_is_kept_to():
     nor, store = _begin(sectors=16, in_flight=64)
     _publish(store, 70)

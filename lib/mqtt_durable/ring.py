@@ -412,6 +412,12 @@ class Ring:
 
         return put
 
+    def reopen(self):
+        """Have the next mount find no orderly shutdown any more.  OSError from the device."""
+        if self._closed:
+            self._closed = False
+            self._write(_OPEN, 0)  # close() left the room
+
     def append(self, kind, parts, reserve=0):
         """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
 
@@ -428,9 +434,7 @@ class Ring:
                 raise ValueError("%d bytes are too many for the journal, at most %d" % (n, self.max_body))
             if not self._usable:
                 raise JournalUnavailable("the journal is not mounted, or its device failed: mount it again")
-            if self._closed:
-                self._closed = False
-                self._write(_OPEN, 0)  # close() left the room
+            self.reopen()
             size = self.room_for(n)
             if reserve and self._tight or self._off + size > _SECTOR:
                 self._make_room(size, reserve)

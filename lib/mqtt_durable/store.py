@@ -477,6 +477,7 @@ class Store(Recall):
             return direct
         if self._taken == session.newest:
             return 0
+        self.journal.reopen()  # or a mount after a cut would take it for never sent
         packet_id = self._take()
         self._sent_to = self._taken
         self._consider()
