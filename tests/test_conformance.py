@@ -134,6 +134,7 @@ def test_connection_begins_with_connect_itself_and_no_more_before_its_answer():
         await turns()
         assert rig.broker.heard == [connect] and not client.connected
         asking.cancel()
+        await rig.cut()  # close() would wait for the answer
 
     play_raw(scenario)
 
