@@ -850,6 +850,41 @@ def test_link_lost_while_the_inbox_is_full_loses_no_message():
     play(scenario)
 
 
+def test_cancellation_that_wait_for_swallows_does_not_keep_an_old_connection_alive():
+    swallowed = []
+
+    class Swallowing:
+        """In place of the client's asyncio: as wait_for() is when what it waits for ends in the same turn."""
+
+        def __getattr__(self, name):
+            return getattr(asyncio, name)
+
+        async def wait_for_ms(self, awaitable, ms):
+            try:
+                return await asyncio.wait_for_ms(awaitable, ms)
+            except asyncio.CancelledError:
+                if swallowed:
+                    raise
+                swallowed.append(True)
+
+    async def scenario(rig):
+        held = Gate(rig.client)
+        await rig.up()
+        client_module.asyncio = Swallowing()
+        try:
+            for n in range(1, 21):
+                await rig.broker.publish("t", b"%d" % n, 1, n)
+            await until(lambda: rig.client._blocked)
+            rig.client._down.set()
+            await rig.up(2)
+        finally:
+            client_module.asyncio = asyncio
+        assert swallowed
+        held.gate.set()
+
+    play(scenario)
+
+
 def test_handler_that_waits_for_the_broker_behind_a_full_inbox_does_not_wait_for_ever():
     async def scenario(rig):
         client = rig.client

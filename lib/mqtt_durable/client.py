@@ -212,7 +212,7 @@ class Client:
             # With limits: a handler may refuse to be cancelled, and a Ctrl-C that strikes a task of MicroPython's loop
             # leaves it neither alive nor done.
             if asyncio.current_task() is not self._dispatch_task:
-                await _within(1000, _end(self._dispatch_task))
+                await _within(1000, _end((self._dispatch_task,), False))
             await _within(3000, self._run_task)  # or it is cancelled
         finally:
             self._run_task = None
@@ -573,7 +573,7 @@ class Client:
         finally:
             self.connected = False
             try:
-                await _end(*tasks)
+                await _end(tasks)
             finally:
                 store.disconnected()
                 self._settle_now()
@@ -1002,10 +1002,15 @@ async def _within(limit_ms, awaitable):
         pass
 
 
-async def _end(*tasks):
-    """Cancel tasks and wait until they have ended; not by await: it could not tell our own cancellation from theirs."""
+async def _end(tasks, again=True):
+    """Cancel tasks and wait until they have ended; not by await: it could not tell our own cancellation from theirs.
+
+    again: until they have, for wait_for() swallows a cancellation that comes when what it waits for has just ended.
+    """
     for task in tasks:
         task.cancel()
     for task in tasks:
         while not task.done():
             await asyncio.sleep_ms(0)
+            if again:
+                task.cancel()
