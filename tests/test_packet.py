@@ -252,6 +252,7 @@ def test_every_packet_of_a_server_is_decoded():
 
 
 def test_a_stream_is_decoded_alike_however_it_is_cut():
+    """[MQTT-7.1.2-1]"""
     stream = b"".join([data for data, _ in _PACKETS])
     expected = [fields for _, fields in _PACKETS]
     for size in (8, 9, 10, 16, 64, 512):
