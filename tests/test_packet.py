@@ -363,6 +363,29 @@ def test_the_limit_is_checked_before_anything_is_allocated():
     raises(ProtocolError, _feed, Decoder(64, 128), b"\x30\xff\xff\xff\x7f\xff\xffttt")
 
 
+def test_reading_no_more_than_is_missing_takes_every_packet_and_nothing_of_the_next():
+    long = b"\x30\xac\x02\x00\x01t" + b"z" * 297
+    for data in (b"\xd0\x00", b"\x40\x02\x00\x07", b"\x32\x06\x00\x01t\x00\x09x", long, b"\x90\x03\x00\x05\x01"):
+        for limit in (4096, 64):  # the second: too large, and passed over
+            decoder = Decoder(32, limit)
+            stream = data + b"\x40\x02\x00\x08"
+            found = []
+            while len(found) < 2:
+                kind = decoder.next()
+                if kind:
+                    found.append(kind)
+                    continue
+                assert decoder.missing > 0
+                if not found and limit > len(data):
+                    assert decoder.missing <= len(stream) - 4
+                space = decoder.space()
+                n = min(len(space), decoder.missing)
+                space[:n] = stream[:n]
+                stream = stream[n:]
+                decoder.fed(n)
+            assert found == [data[0] >> 4, PUBACK] and not stream
+
+
 def test_reset_forgets_half_a_packet_of_the_last_connection():
     decoder = Decoder()
     _feed(decoder, b"\x30\x7f\x00")

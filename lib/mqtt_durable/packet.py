@@ -218,7 +218,8 @@ class Decoder:
     """Cuts the stream from a broker into packets, in one buffer that is used again and again.
 
     Read from the socket into space(), tell fed(n), then call next() until it returns 0.  What next() leaves in the
-    fields below is valid until the next call of space() or next().
+    fields below is valid until the next call of space() or next().  After a 0, .missing is how many bytes
+    the packet lacks at least: who reads no more than that leaves the next packet in the socket.
 
     size: bytes of the buffer, at least 8.  limit: the largest packet taken whole, in bytes; the buffer grows to such
     a packet and shrinks again.  A larger PUBLISH is announced with .payload None and its bytes are passed over as
@@ -235,6 +236,7 @@ class Decoder:
         """Forget all bytes: a new connection begins."""
         self._buf = memoryview(bytearray(self._size))
         self._start = self._end = self._skip = 0
+        self.missing = 2
         self.type = 0  # packet type, 2-13
         self.flags = 0  # low nibble of the first byte
         self.packet_id = 0
@@ -278,8 +280,10 @@ class Decoder:
             self._skip -= n
             self._start = at = at + n
             if self._skip:
+                self.missing = self._skip
                 return 0
         if end - at < 2:
+            self.missing = 2 - (end - at)
             return 0
         first = buf[at]
         kind = first >> 4
@@ -298,6 +302,7 @@ class Decoder:
                 if shift > 21:
                     raise ProtocolError("remaining length longer than 4 bytes")
                 if i == end:
+                    self.missing = 1
                     return 0
                 byte = buf[i]
                 i += 1
@@ -313,6 +318,7 @@ class Decoder:
                 raise ProtocolError("packet of %d bytes" % total)
             return self._oversize(first, i, length, total)
         if end - at < total:
+            self.missing = total - (end - at)
             if total > len(buf):
                 grown = memoryview(bytearray(total))
                 grown[: end - at] = buf[at:end]
@@ -378,12 +384,14 @@ class Decoder:
     def _oversize(self, first, i, length, total):
         """A PUBLISH over the limit: announce it as soon as its head is here, pass over the rest."""
         self.flags = first & 15
-        if self._end - i < 2:
+        self.missing = 2 - (self._end - i)
+        if self.missing > 0:
             return 0
         head = 2 + (self._buf[i] << 8 | self._buf[i + 1]) + 2
         if i - self._start + head > min(self._limit, self._size):
             raise ProtocolError("PUBLISH with a head of %d bytes" % head)
-        if self._end - i < min(head, length):
+        self.missing = min(head, length) - (self._end - i)
+        if self.missing > 0:
             return 0
         self._publish_head(i, i + length)
         self.type = PUBLISH
