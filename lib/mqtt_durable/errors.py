@@ -37,6 +37,10 @@ class SubscribeRefused(MQTTError):
     """SUBACK carried 0x80 for a topic filter (MQTT 3.1.1 section 3.9.3).  The argument is the filter."""
 
 
+class MQTTException(MQTTError):
+    """The blocking front end's: the broker refused.  The argument is CONNACK's return code, or 128 from a SUBACK."""
+
+
 class JournalFull(MQTTError):
     """No room for one more record.  What is stored stays stored; the refused message is not.
 

@@ -1,0 +1,652 @@
+"""The blocking front end: umqtt.simple's constructor and calls, over the journal.
+
+    from mqtt_durable.simple import MQTTClient
+
+Owns the socket, its deadlines and the order of calls; what must survive power loss is the store's.  No asyncio, no
+task, no thread: everything happens inside the program's calls.  No wait is endless but wait_msg()'s for a message.
+"""
+
+import select
+import socket
+import time
+from errno import ETIMEDOUT
+
+from micropython import const
+
+from .errors import JournalFull, JournalUnavailable, MQTTError, MQTTException, ProtocolError
+from .flash import open_home, resolve
+from .journal import Journal
+from .packet import (
+    CONNACK,
+    DISCONNECT_BYTES,
+    PINGREQ_BYTES,
+    PINGRESP,
+    PUBLISH,
+    SUBACK,
+    UNSUBACK,
+    check_filter,
+    check_topic,
+    encode_connect,
+    encode_publish,
+    encode_subscribe,
+    encode_unsubscribe,
+    utf8,
+    Decoder,
+)
+from .store import Store, identity
+
+_SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
+_RECEIVE_BYTES = const(256)
+_LIMIT_MS = const(10000)
+_PULSE_MS = const(1000)
+_FIRST_MS = const(1000)
+_LONGEST_MS = const(60000)
+_NESTED = const(3)
+_END = const(-1)  # the errno that umqtt.simple's programs know
+
+_owners = {}  # home of a journal, or id() of its device -> the client that uses it
+
+
+class MQTTClient:
+    """An MQTT 3.1.1 client with umqtt.simple's calls whose QoS 1 and 2 messages survive power loss.
+
+    client_id, server, port, user, password, keepalive (seconds, 0: off), ssl, ssl_params: as in umqtt.simple; ssl is an
+    SSLContext, or True with the arguments of ssl.wrap_socket() in ssl_params.
+    home, size_kib, in_flight, when_full ("raise" or "drop_oldest"): as in the configuration's "journal" and "session".
+    device, prog_size: a block device for the journal in place of home, and its program size in bytes.
+    limit_bytes: the largest packet received whole; a larger message is acknowledged, counted in .too_large and not
+    delivered.
+
+    The journal is mounted here, so .mark is known at once.  A later client on the same journal takes it over.
+    Raises JournalUnavailable, ValueError, OSError (flash).
+    """
+
+    def __init__(
+        self,
+        client_id,
+        server,
+        port=0,
+        user=None,
+        password=None,
+        keepalive=0,
+        ssl=None,
+        ssl_params={},  # noqa: B006 (umqtt.simple's)
+        *,
+        home="auto",
+        size_kib=64,
+        in_flight=16,
+        when_full="raise",
+        device=None,
+        prog_size=4,
+        limit_bytes=16384,
+    ):
+        self.client_id = client_id
+        self.server = server
+        self.port = port or (8883 if ssl else 1883)
+        self.user = user
+        self.pswd = password
+        self.keepalive = keepalive
+        self.ssl = ssl
+        self.ssl_params = ssl_params
+        self.sock = None
+        self.cb = None
+        self.lw_topic = None
+        self.lw_msg = None
+        self.lw_qos = 0
+        self.lw_retain = False
+        if when_full not in ("raise", "drop_oldest"):
+            raise ValueError('when_full: expected "raise" or "drop_oldest"')
+        self._key = resolve(home) if device is None else id(device)
+        older = _owners.pop(self._key, None)
+        if older is not None:
+            try:
+                older.disconnect()
+            except (MQTTError, OSError):
+                pass  # it had not been able to record that before, either
+        size = None
+        if device is None:
+            device, prog_size, size = open_home(home, size_kib * 1024)
+            if home == "ram":
+                self._key = id(device)
+        _owners[self._key] = self
+        self.store = Store(Journal(device, prog_size, size), in_flight, when_full)
+        self.store.open()
+        self.token = None  # in the callback, at QoS 2: stays the same if the message has to come again
+        self.too_large = 0
+        self.last_error = None  # what ended the last connection or attempt
+        self._send = memoryview(bytearray(_SEND_BYTES))
+        self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
+        self._up = False  # the connection is there and in order
+        self._stay = False  # connect() was called, and no disconnect() since
+        self._good = False  # the broker has sent something after its CONNACK
+        self._clean = True
+        self._timed = False  # connect() was given a timeout
+        self._limit_ms = _LIMIT_MS
+        self._pause_ms = self._next_ms = 0
+        self._attempt = 0
+        self._renewing = False  # the broker said that it has no session, and that is not recorded yet
+        self._era = 0  # counts the sessions at the broker: a message belongs to the one it came in
+        self._depth = 0  # callbacks running
+        self._away_ms = 0  # time spent in callbacks
+        self._begun = False  # half a packet is here
+        self._wanted = {}  # topic filter -> QoS, of every subscription that was granted
+        self._requests = {}  # packet identifier -> [packet identifier, topic filter, QoS or None, return code]
+        self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
+        self._asked = False  # by ping()
+        self._last_sent = self._last_received = self._pulse_at = 0
+
+    @property
+    def mark(self):
+        """The newest mark whose message publish() has accepted, None if there is none; survives power loss."""
+        return self.store.mark
+
+    def set_callback(self, f):
+        """f(topic, msg), both bytes, is called for each message received; PUBACK or PUBREC goes out when it returns.
+
+        If it raises, that comes out of the call that it ran in, the message is not acknowledged and comes again with
+        the next connection.  So it is, too, while there is no callback.
+        """
+        self.cb = f
+
+    def set_last_will(self, topic, msg, retain=False, qos=0):
+        """To be called before connect().  Raises ValueError."""
+        check_topic(topic)
+        if qos not in (0, 1, 2):
+            raise ValueError("will qos: not 0, 1 or 2")
+        self.lw_topic = topic
+        self.lw_msg = msg
+        self.lw_qos = qos
+        self.lw_retain = retain
+
+    # -- connection
+
+    def connect(self, clean_session=True, timeout=None):
+        """Connect; return 1 if the broker has the session still, else 0.  What is stored goes out before anything new.
+
+        timeout: seconds, for each wait from now on; wait_msg() then raises OSError(ETIMEDOUT) when no message comes.
+        Without it the broker must answer within 10 s, and wait_msg() waits on.
+        A clean session forgets the subscriptions; what is stored is sent as new.  A journal that knows no session with
+        this broker begins with a clean one in any case.
+        Raises OSError, MQTTException(return code), ValueError, JournalUnavailable.
+        """
+        self._stay = True
+        self._clean = bool(clean_session)
+        self._timed = bool(timeout)
+        self._limit_ms = int(timeout * 1000) if timeout else _LIMIT_MS
+        if clean_session:
+            self._wanted.clear()
+        return self._connect()
+
+    def _connect(self):
+        store = self.store
+        host_id = self.client_id if isinstance(self.client_id, str) else str(self.client_id, "utf-8")
+        broker = identity(host_id, self.server, self.port)
+        clean = self._clean
+        self._hang_up()
+        self._mount()
+        try:
+            if store.identity != broker and not clean:
+                # The broker would take new identifiers for old ones and swallow messages.
+                self._handshake(True)
+                store.begin(broker)
+                self._era += 1
+                self._write(DISCONNECT_BYTES)
+                self._hang_up()
+            if not clean:
+                store.connecting()
+            self._handshake(clean)
+            # Once it has said that it has none, what it has the next time is a new one, until we have recorded that.
+            present = self._decoder.session_present and not self._renewing
+            if not present:
+                self._renewing = True
+                self._era += 1
+            store.connected(present, broker)
+            self._renewing = False
+            self._fill()
+            for topic_filter, qos in self._wanted.items():
+                if store.granted(topic_filter, qos) is None:
+                    self._request(topic_filter, qos)
+        except MQTTException as e:
+            self._lost(e)
+            raise
+        except (MQTTError, OSError) as e:
+            raise self._lost(e)
+        return 1 if present else 0
+
+    def _handshake(self, clean):
+        """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2)."""
+        will = None
+        if self.lw_topic:
+            will = self.lw_topic, self.lw_msg, self.lw_qos, self.lw_retain
+        user = self.user or None
+        connect = encode_connect(self.client_id, clean, self.keepalive, user, user and self.pswd, will)
+        self._dial()
+        self._poll = select.poll()
+        self._poll.register(self.sock, select.POLLIN)
+        decoder = self._decoder
+        decoder.reset()
+        self._begun = self._good = self._asked = False
+        self._ping_at = None
+        self._requests.clear()
+        self.store.session.requests.clear()
+        self._pulse_at = self._last_received = time.ticks_ms()
+        self._write(connect)
+        self._up = False
+        kind = self._next(self._limit_ms)
+        if not kind:
+            raise OSError(ETIMEDOUT, "no CONNACK")
+        if kind != CONNACK:
+            raise ProtocolError("packet type %d before CONNACK" % kind)
+        if decoder.return_code:
+            raise MQTTException(decoder.return_code)
+        self._up = True
+
+    def _dial(self):
+        """Make .sock, connected and not blocking.  Raises OSError.  The name look-up has no deadline on any board."""
+        infos = socket.getaddrinfo(self.server, self.port, 0, socket.SOCK_STREAM)
+        if not infos:
+            raise OSError(-2, "no address for " + self.server)
+        # Every address of the server gets its turn.
+        family, kind, proto, _, address = infos[self._attempt % len(infos)]
+        self.sock = sock = socket.socket(family, kind, proto)
+        done = False
+        try:
+            sock.settimeout(self._limit_ms / 1000)
+            sock.connect(address)
+            if self.ssl is True:
+                import ssl
+
+                self.sock = ssl.wrap_socket(sock, **self.ssl_params)
+            elif self.ssl:
+                self.sock = self.ssl.wrap_socket(sock, server_hostname=self.server)
+            self.sock.setblocking(False)
+            done = True
+        finally:
+            if not done:
+                sock.close()
+
+    def _mount(self):
+        """Make sure that the journal is ours and in order.  Raises JournalUnavailable, OSError."""
+        if _owners.get(self._key) is not self:
+            raise JournalUnavailable("another MQTTClient uses this journal: give each a home of its own")
+        if not self.store.journal.usable:  # after a failure of the flash what it holds is what counts
+            self.store.open()
+            self._era += 1
+
+    def _hang_up(self):
+        self._up = False
+        if self.sock is not None:
+            self.sock.close()  # it stays there, as in umqtt.simple: a program may close it, too
+        self.store.disconnected()
+
+    def _lost(self, error):
+        """The connection has failed: end it, and return the OSError that says so."""
+        self.last_error = error
+        self._hang_up()
+        if self._good:
+            self._pause_ms = 0
+        else:
+            self._pause_ms = min(max(_FIRST_MS, 2 * self._pause_ms), _LONGEST_MS)
+            self._attempt += 1
+        self._good = False
+        self._next_ms = time.ticks_add(time.ticks_ms(), self._pause_ms)
+        return error if isinstance(error, OSError) else OSError(_END, str(error))
+
+    def _due(self):
+        """Whether publish() may try to connect again: not while the pause lasts.  (Ticks wrap.)"""
+        return not 0 < time.ticks_diff(self._next_ms, time.ticks_ms()) <= self._pause_ms
+
+    def disconnect(self):
+        """End in order: what is pending is recorded, and DISCONNECT is sent if there is a connection.
+
+        Unacknowledged messages stay stored.  Raises JournalFull, OSError (flash); connect() begins anew.
+        """
+        self._stay = False
+        try:
+            if self._up:
+                self._fill()
+                self._write(DISCONNECT_BYTES)
+        except (MQTTError, OSError):
+            pass  # nothing that matters is lost with it
+        self._hang_up()
+        if self.store.journal.usable:
+            self.store.close()
+
+    # -- sending
+
+    def publish(self, topic, msg, retain=False, qos=0, *, mark=None):
+        """Publish a message; at QoS 1 or 2 it is on flash before it is sent, and survives power loss from then on.
+
+        topic: str or bytes.  msg: str or bytes-like.  mark: an integer of 64 bits stored with the message, see .mark.
+        At QoS 1 and 2 waits for the broker's acknowledgement; but returns as well, the message being safe, when the
+        connection fails or has failed.  Then connects again by itself, at once and after pauses that grow from 1 s to
+        60 s, in the first publish() after each; for that connect() must have been called, successfully or not.
+        Raises, the message then not being stored: ValueError; JournalFull; OSError: the flash failed, or at QoS 0
+        the connection.  What a callback raises that ran meanwhile comes out of here, too, and says nothing about this
+        message.
+        """
+        if isinstance(msg, str):
+            msg = msg.encode()
+        if qos == 0:
+            if mark is not None:
+                raise ValueError("mark: needs QoS 1 or 2")
+            self._say(encode_publish(check_topic(topic), msg, retain))
+            return
+        if qos not in (1, 2):
+            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
+        self._mount()
+        store = self.store
+        try:
+            packet_id = store.publish(topic, msg, qos, retain, mark)
+        except OSError as e:
+            self._lost(e)  # so that the journal is mounted anew
+            raise
+        for _ in range(2):
+            try:
+                if not self._up:
+                    if not self._stay or not self._due():
+                        return
+                    self._connect()
+                self._flush()
+                # A callback that publishes for each message it gets must not grow the stack without end.
+                if self._depth <= _NESTED:
+                    self._until(lambda: store.is_live(packet_id))
+                return
+            except (MQTTException, OSError):
+                if self._up:
+                    raise  # a callback's
+
+    def ping(self):
+        """Send PINGREQ; wait_msg() returns None when the answer comes.  Raises OSError."""
+        self._say(PINGREQ_BYTES)
+        self._asked = True
+        if self._ping_at is None:
+            self._ping_at = self._last_sent
+
+    def _say(self, data):
+        """Send a packet that needs no acknowledgement.  Raises OSError."""
+        self._check()
+        try:
+            self._write(data)
+        except OSError as e:
+            raise self._lost(e)
+
+    def _check(self):
+        if not self._up:
+            raise OSError(_END, "not connected")
+
+    def _flush(self):
+        """Send what the store has to send.  Raises OSError."""
+        try:
+            self._fill()
+        except (MQTTError, OSError) as e:
+            raise self._lost(e)
+
+    def _fill(self):
+        send = self._send
+        while True:
+            n = self.store.fill(send, 0)
+            if not n:
+                return
+            self._write(send[:n])
+
+    def _write(self, data):
+        """Send all of data.  Raises OSError when the broker takes nothing for the limit's time."""
+        self._up = False  # unless it ends well: a Ctrl-C in the middle of a packet spoils the stream
+        sock = self.sock
+        at = 0
+        while at < len(data):
+            n = sock.write(data if not at and len(data) <= _SEND_BYTES else memoryview(data)[at : at + _SEND_BYTES])
+            if n:
+                at += n
+                continue
+            self._poll.modify(sock, select.POLLOUT)
+            ready = self._poll.poll(self._limit_ms)
+            self._poll.modify(sock, select.POLLIN)
+            if not ready:
+                raise OSError(ETIMEDOUT, "the broker takes nothing")
+        self._last_sent = time.ticks_ms()
+        self._up = True
+
+    # -- receiving
+
+    def wait_msg(self):
+        """Wait for a message, give it to the callback, return its first byte.
+
+        Other packets are handled meanwhile; for the answer to a ping() it returns None.  With keepalive PINGREQs are
+        sent, and a broker that does not answer is an OSError.  Raises OSError.
+        """
+        return self._receive(True)
+
+    def check_msg(self):
+        """The same, but return None at once if nothing is there.  May only wait for the flash.  Raises OSError."""
+        return self._receive(False)
+
+    def _receive(self, wait):
+        begin = time.ticks_ms()
+        while True:
+            left_ms = _PULSE_MS if wait else 0
+            if wait and self._timed:
+                left_ms = self._limit_ms - time.ticks_diff(time.ticks_ms(), begin)
+                if left_ms <= 0:
+                    raise OSError(ETIMEDOUT, "no message")  # the connection is in order
+                left_ms = min(left_ms, _PULSE_MS)
+            came = self._step(left_ms)
+            if came >> 4 == PUBLISH:
+                return came
+            if came >> 4 == PINGRESP and self._asked:
+                self._asked = False
+                return None
+            if not came:
+                self._pulse()
+                if not wait:
+                    return None
+
+    def _until(self, waiting):
+        """Handle what comes until waiting() is false.  Raises OSError: no progress for the limit's time."""
+        done = -1
+        while waiting():
+            now = time.ticks_ms()
+            if self.store.acknowledged != done:
+                done = self.store.acknowledged
+                begin = now
+                away_ms = self._away_ms
+            left_ms = self._limit_ms - time.ticks_diff(now, begin) + self._away_ms - away_ms
+            if left_ms <= 0:
+                raise self._lost(OSError(ETIMEDOUT, "the broker does not answer"))
+            self._step(left_ms)
+
+    def _next(self, wait_ms):
+        """Return the type of the next packet, 0 if none has begun within wait_ms, or with 0 if it is not whole yet.
+
+        Reads not a byte beyond it: a program may poll .sock.  Raises OSError, ProtocolError.
+        """
+        decoder = self._decoder
+        while True:
+            kind = decoder.next()
+            if kind:
+                self._begun = False
+                return kind
+            if not self._poll.poll(wait_ms):
+                if self._begun and time.ticks_diff(time.ticks_ms(), self._last_received) >= self._limit_ms:
+                    raise OSError(ETIMEDOUT, "half a packet came")
+                if not self._begun or not wait_ms:
+                    return 0
+                continue
+            n = self.sock.readinto(decoder.space()[: decoder.missing])
+            if n == 0:
+                raise OSError(_END, "the broker closed the connection")
+            if n:
+                decoder.fed(n)
+                self._begun = True
+                self._last_received = time.ticks_ms()
+                if wait_ms:
+                    wait_ms = self._limit_ms
+
+    def _step(self, wait_ms):
+        """Handle one packet if it begins within wait_ms; return its first byte, of a PUBLISH only if it was delivered,
+        else 0.  Raises OSError, and what the callback raises."""
+        self._check()
+        decoder = self._decoder
+        store = self.store
+        deliver = False
+        try:
+            kind = self._next(wait_ms)
+            if not kind:
+                return 0
+            self._good = True
+            if kind == PUBLISH:
+                qos = decoder.qos
+                packet_id = decoder.packet_id
+                deliver = not qos or store.on_publish(qos, packet_id)
+                if deliver and decoder.payload is None:
+                    deliver = False
+                    self.too_large += 1
+                    if qos:  # or it would come back for ever
+                        store.handled(qos, packet_id, store.session.epoch)
+                if not deliver:
+                    kind = 0
+            elif kind == SUBACK or kind == UNSUBACK:
+                self._on_granted(kind)
+            elif kind == PINGRESP:
+                self._ping_at = None
+            elif kind == CONNACK:
+                raise ProtocolError("a second CONNACK")
+            else:
+                store.on_ack(kind, decoder.packet_id)
+            came = kind << 4 | decoder.flags
+            if not deliver:
+                self._fill()
+                return came if kind else 0
+        except (MQTTError, OSError) as e:
+            raise self._lost(e)
+        self._deliver(qos, packet_id)
+        return came
+
+    def _deliver(self, qos, packet_id):
+        """Hand a message to the callback; acknowledge it when that has returned."""
+        decoder = self._decoder
+        store = self.store
+        era = self._era
+        done = False
+        self.token = store.token(packet_id) if qos == 2 else None
+        self._depth += 1
+        begin = time.ticks_ms()
+        try:
+            if self.cb is not None:
+                self.cb(decoder.topic.encode(), bytes(decoder.payload))
+                done = True
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._away_ms += time.ticks_diff(time.ticks_ms(), begin)
+            if not done:
+                store.session.busy.discard(packet_id)  # it has to come again
+        if not done or not qos:
+            return
+        try:
+            # -1: the session it came in is over, nobody waits for an answer.
+            store.handled(qos, packet_id, store.session.epoch if era == self._era else -1)
+            if self._up:
+                self._fill()
+        except (MQTTError, OSError) as e:
+            store.session.busy.discard(packet_id)
+            raise self._lost(e)
+
+    def _pulse(self):
+        """What is done when nothing comes, once a second: lazy records, erasing ahead, keep-alive.  Raises OSError."""
+        now = time.ticks_ms()
+        if time.ticks_diff(now, self._pulse_at) < _PULSE_MS:
+            return
+        self._pulse_at = now
+        store = self.store
+        silent_ms = time.ticks_diff(now, self._last_received)
+        try:
+            store.commit()
+            store.journal.idle()
+            if self._ping_at is not None:
+                if time.ticks_diff(now, self._ping_at) > self._limit_ms and silent_ms > self._limit_ms:
+                    raise OSError(ETIMEDOUT, "the broker no longer answers")
+            elif (self.keepalive and time.ticks_diff(now, self._last_sent) >= self.keepalive * 750) or (
+                store.waiting and silent_ms > self._limit_ms
+            ):
+                self._ping_at = now
+                self._write(PINGREQ_BYTES)
+        except (MQTTError, OSError) as e:
+            raise self._lost(e)
+
+    # -- SUBSCRIBE and UNSUBSCRIBE
+
+    def subscribe(self, topic, qos=0):
+        """Subscribe; returns when the broker has confirmed it.
+
+        Made again by itself when publish() has connected again and the broker has lost it.
+        Raises ValueError, OSError, MQTTException(128) if the broker refuses.
+        """
+        if self.cb is None:
+            raise ValueError("subscribe: set_callback() comes first")
+        if qos not in (0, 1, 2):
+            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
+        topic_filter = utf8(check_filter(topic))
+        code = self._ask(topic_filter, qos)
+        if code > 2:
+            self._wanted.pop(topic_filter, None)
+            raise MQTTException(code)
+        self._wanted[topic_filter] = qos
+
+    def unsubscribe(self, topic):
+        """End a subscription; returns when the broker has confirmed it.  Raises ValueError, OSError, JournalFull."""
+        topic_filter = utf8(check_filter(topic))
+        self._check()
+        self.store.unsubscribing(topic_filter)
+        self._wanted.pop(topic_filter, None)
+        self._ask(topic_filter, None)
+
+    def _ask(self, topic_filter, qos):
+        """Ask the broker; return the code of its answer, 0 for an UNSUBACK.  Raises OSError."""
+        self._check()
+        try:
+            request = self._request(topic_filter, qos)
+        except OSError as e:
+            raise self._lost(e)
+        self._until(lambda: self._requests.get(request[0]) is request)
+        if request[3] is None:
+            raise OSError(_END, "the connection was lost")
+        return request[3]
+
+    def _request(self, topic_filter, qos):
+        """Send a SUBSCRIBE, or with qos None an UNSUBSCRIBE; return its entry in _requests."""
+        packet_id = self.store.session.request_id()
+        if not packet_id:
+            raise OSError(_END, "512 requests without an answer")
+        request = self._requests[packet_id] = [packet_id, topic_filter, qos, None]
+        if qos is None:
+            self._write(encode_unsubscribe(packet_id, topic_filter.encode()))
+        else:
+            self._write(encode_subscribe(packet_id, topic_filter.encode(), qos))
+        return request
+
+    def _on_granted(self, kind):
+        """A SUBACK or UNSUBACK came (MQTT 3.1.1 sections 3.9, 3.11)."""
+        store = self.store
+        decoder = self._decoder
+        request = self._requests.pop(decoder.packet_id, None)
+        if request is None:
+            store.session.unknown += 1
+            return
+        store.session.requests.discard(decoder.packet_id)
+        _, topic_filter, qos, _ = request
+        if (kind == UNSUBACK) != (qos is None):
+            raise ProtocolError("packet type %d for request %d" % (kind, decoder.packet_id))
+        if qos is None:
+            request[3] = 0
+            return
+        if len(decoder.payload) != 1:  # [MQTT-3.8.4-5]
+            raise ProtocolError("SUBACK with %d return codes" % len(decoder.payload))
+        request[3] = code = decoder.payload[0]
+        # With a clean session the broker loses it together with the link.
+        if code <= 2 and not self._clean and store.granted(topic_filter, qos) != code:
+            try:
+                store.subscribed(topic_filter, qos, code)
+            except JournalFull:
+                pass  # only asked for again on the next connection
