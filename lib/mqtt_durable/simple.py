@@ -44,7 +44,7 @@ _LONGEST_MS = const(60000)
 _NESTED = const(3)
 _END = const(-1)  # the errno that umqtt.simple's programs know
 
-_owners = {}  # home of a journal, or id() of its device -> the client that uses it
+_owners = {}  # home of a journal, or the id() that stands for it -> the client that uses it
 
 
 class MQTTClient:
@@ -57,8 +57,10 @@ class MQTTClient:
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted in .too_large and not
     delivered.
 
-    The journal is mounted here, so .mark is known at once.  A later client on the same journal takes it over.
-    Raises JournalUnavailable, ValueError, OSError (flash).
+    The journal is mounted by the first call that needs it: connect(), publish() at QoS 1 and 2, .mark.  They raise
+    JournalUnavailable if there is none, or if another client, with another broker or client_id, is connected and uses
+    it; from one that is not connected, or is an earlier one for the same session, it is taken over.
+    Raises ValueError.
     """
 
     def __init__(
@@ -96,21 +98,16 @@ class MQTTClient:
         self.lw_retain = False
         if when_full not in ("raise", "drop_oldest"):
             raise ValueError('when_full: expected "raise" or "drop_oldest"')
-        self._key = resolve(home) if device is None else id(device)
-        older = _owners.pop(self._key, None)
-        if older is not None:
-            try:
-                older.disconnect()
-            except (MQTTError, OSError):
-                pass  # it had not been able to record that before, either
-        size = None
-        if device is None:
-            device, prog_size, size = open_home(home, size_kib * 1024)
-            if home == "ram":
-                self._key = id(device)
-        _owners[self._key] = self
-        self.store = Store(Journal(device, prog_size, size), in_flight, when_full)
-        self.store.open()
+        self._home = home
+        self._home_bytes = size_kib * 1024
+        self._device = device
+        self._prog_size = prog_size
+        self._in_flight = in_flight
+        self._when_full = when_full
+        self._key = id(self) if home == "ram" else resolve(home)
+        if device is not None:
+            self._key = id(device)
+        self.store = None
         self.token = None  # in the callback, at QoS 2: stays the same if the message has to come again
         self.too_large = 0
         self.last_error = None  # what ended the last connection or attempt
@@ -138,6 +135,7 @@ class MQTTClient:
     @property
     def mark(self):
         """The newest mark whose message publish() has accepted, None if there is none; survives power loss."""
+        self._mount()
         return self.store.mark
 
     def set_callback(self, f):
@@ -178,12 +176,11 @@ class MQTTClient:
         return self._connect()
 
     def _connect(self):
-        store = self.store
-        host_id = self.client_id if isinstance(self.client_id, str) else str(self.client_id, "utf-8")
-        broker = identity(host_id, self.server, self.port)
         clean = self._clean
         self._hang_up()
         self._mount()
+        store = self.store
+        broker = self._identity()
         try:
             if store.identity != broker and not clean:
                 # The broker would take new identifiers for old ones and swallow messages.
@@ -265,11 +262,33 @@ class MQTTClient:
             if not done:
                 sock.close()
 
+    def _identity(self):
+        client_id = self.client_id if isinstance(self.client_id, str) else str(self.client_id, "utf-8")
+        return identity(client_id, self.server, self.port)
+
     def _mount(self):
         """Make sure that the journal is ours and in order.  Raises JournalUnavailable, OSError."""
-        if _owners.get(self._key) is not self:
-            raise JournalUnavailable("another MQTTClient uses this journal: give each a home of its own")
-        if not self.store.journal.usable:  # after a failure of the flash what it holds is what counts
+        if self.store is None:
+            owner = _owners.get(self._key)
+            if owner is not None:
+                if owner._up and owner._identity() != self._identity():
+                    raise JournalUnavailable(
+                        'another MQTTClient is connected and uses "%s": give each a home of its own' % self._home
+                    )
+                try:
+                    owner.disconnect()
+                except (MQTTError, OSError):
+                    pass  # it had not been able to record that before, either
+                owner.store = None
+            device, prog_size, size = self._device, self._prog_size, None
+            if device is None:
+                device, prog_size, size = open_home(self._home, self._home_bytes)
+            store = Store(Journal(device, prog_size, size), self._in_flight, self._when_full)
+            store.open()
+            self.store = store
+            _owners[self._key] = self
+            self._era += 1
+        elif not self.store.journal.usable:  # after a failure of the flash what it holds is what counts
             self.store.open()
             self._era += 1
 
@@ -277,7 +296,8 @@ class MQTTClient:
         self._up = False
         if self.sock is not None:
             self.sock.close()  # it stays there, as in umqtt.simple: a program may close it, too
-        self.store.disconnected()
+        if self.store is not None:
+            self.store.disconnected()
 
     def _lost(self, error):
         """The connection has failed: end it, and return the OSError that says so."""
@@ -309,7 +329,7 @@ class MQTTClient:
         except (MQTTError, OSError):
             pass  # nothing that matters is lost with it
         self._hang_up()
-        if self.store.journal.usable:
+        if self.store is not None and self.store.journal.usable:
             self.store.close()
 
     # -- sending
@@ -327,6 +347,8 @@ class MQTTClient:
         """
         if isinstance(msg, str):
             msg = msg.encode()
+        if isinstance(topic, str):
+            topic = topic.encode()
         if qos == 0:
             if mark is not None:
                 raise ValueError("mark: needs QoS 1 or 2")
