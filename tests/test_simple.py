@@ -857,7 +857,8 @@ def test_of_two_clients_on_one_journal_the_later_one_is_told():
 
 
 def test_whatever_a_broker_sends_is_an_os_error_and_a_new_connection_works():
-    for data in (b"\x00\x00", b"\x20\x02\x00\x00", b"\x36\x07\x00\x01t\x00\x01xy", b"\x30\xff\xff\xff\xff", b"\x50\x00"):
+    qos_3 = b"\x36\x07\x00\x01t\x00\x01xy"
+    for data in (b"\x00\x00", b"\x20\x02\x00\x00", qos_3, b"\x30\xff\xff\xff\xff", b"\x50\x00"):
 
         def scenario(rig):
             c = rig.connected()

@@ -7,7 +7,14 @@ Names are loaded on first use, so that a program pays only for what it uses.
 
 __version__ = "0.1.0"
 
-_WHERE = {"Client": "client", "Message": "client", "load_config": "config", "Journal": "journal", "Store": "store"}
+_WHERE = {
+    "Client": "client",
+    "Message": "client",
+    "MQTTClient": "simple",
+    "load_config": "config",
+    "Journal": "journal",
+    "Store": "store",
+}
 
 
 def __getattr__(name):

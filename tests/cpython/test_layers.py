@@ -27,7 +27,7 @@ PICTURE = {
     "store": {"errors", "packet", "properties", "session", "recall", "journal"},
     "flash": {"errors", "flash"},
 }
-NAMED = {"errors", "packet", "session", "journal", "store", "client"}
+NAMED = {"errors", "packet", "session", "journal", "store", "client", "simple"}
 FRONT = {"client", "simple", "transport"}
 
 # From store leftward: time arrives as now_ms, bytes as arguments.
@@ -151,6 +151,19 @@ def test_core_reaches_no_front_end_and_no_outside_world():
         assert layer(module) not in FRONT | {"flash", "wifi", "config", ""}, "store reaches %s" % (module or "__init__")
         wrong = found[module][2] & OUTSIDE
         assert not wrong, "%s imports %s" % (module, wrong)
+
+
+def test_the_blocking_front_end_reaches_no_asyncio_and_no_other_front_end():
+    found = read_lib()
+    reached, ahead = set(), ["simple"]
+    while ahead:
+        module = ahead.pop()
+        if module not in reached:
+            reached.add(module)
+            ahead += found[module][1]
+    assert not reached & {"client", "transport", "config", "wifi", ""}
+    for module in reached:
+        assert not found[module][2] & {"asyncio", "uasyncio", "_thread"}, module
 
 
 def test_imports_make_no_circle():
