@@ -308,6 +308,18 @@ def test_clean_session_connects_clean_each_time_and_still_loses_nothing():
     play(scenario, [(1, "PUBLISH", 1, "ignored")], clean=True)
 
 
+def test_clean_session_sends_a_qos_2_message_again_that_was_not_completed():
+    async def scenario(rig):
+        await rig.up()
+        await rig.client.publish("t", "1", qos=2)
+        assert await rig.client.drain(30)
+        assert rig.broker.trace() == [
+            "CONNECT clean", "PUBLISH 1 1", "PUBREL 1", "CONNECT clean", "PUBLISH 1 1", "PUBREL 1"
+        ]  # fmt: skip
+
+    play(scenario, [(1, "PUBREL", 1, "lost")], clean=True)
+
+
 # Rules 8 and 9: the session is there, or it is not.
 
 SILENT = [(1, "PUBLISH", 0, "ignored")]

@@ -57,6 +57,21 @@ def test_every_legal_transition_has_its_record_and_its_answer():
             assert session.out[5] >> 2 == 77  # its place is kept
 
 
+def test_in_a_clean_session_a_qos_2_message_stays_until_its_pubcomp():
+    for state, packet, after, record, answer in (
+        (PUB2, PUBREC, PUB2, 0, PUBREL),
+        (PUB2, PUBCOMP, 0, DONE, 0),
+        (PUB1, PUBACK, 0, DONE, 0),
+        (PUB1, PUBCOMP, PUB1, 0, 0),
+        (0, PUBREC, 0, 0, PUBREL),
+        (0, PUBCOMP, 0, 0, 0),
+    ):
+        session = _session(state)
+        session.clean = True
+        assert session.acknowledged(packet, 5) == record << 4 | answer, (state, packet)
+        assert _state(session) == after, (state, packet)
+
+
 def test_every_illegal_transition_is_a_protocol_error_and_changes_nothing():
     legal = [row[:2] for row in _OUTBOUND]
     for state in (0, PUB1, PUB2, REL):

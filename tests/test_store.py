@@ -1594,3 +1594,21 @@ def test_under_cuts_nothing_that_was_settled_or_stored_at_once_is_lost():
         for i, n in enumerate((run.number, run.cuts, run.lost, run.spared)):
             totals[i] += n
     assert min(totals) > 0, totals
+
+
+def test_in_a_clean_session_a_qos_2_message_goes_out_again_until_its_pubcomp():
+    nor, store = _begin()
+    store.connected(False, 7, True)
+    _publish(store, 2, qos=2)
+    _bytes(store)
+    for packet_id in (1, 2):
+        store.on_ack(PUBREC, packet_id)
+    assert [kind for kind, _, _ in _sent(store)] == [0x62, 0x62]
+    store.on_ack(PUBCOMP, 1)
+    store.commit()
+    for again in (store, _peek(nor)):  # the link is lost; power, too
+        again.connected(False, 7, True)
+        assert _sent(again) == [(0x34, 2, b"1")]
+        again.on_ack(PUBREC, 2)
+        again.on_ack(PUBCOMP, 2)
+        assert not again.waiting and _sent(again) == [(0x62, 2, None)]

@@ -549,7 +549,7 @@ class Client:
             if not self.session_present:
                 self._renewing = True
                 self._epoch += 1
-            store.connected(self.session_present, self._identity)
+            store.connected(self.session_present, self._identity, self._clean)
             self._renewing = False
             self._passed_over = False
             self._said.clear()

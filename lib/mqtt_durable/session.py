@@ -39,6 +39,11 @@ TRANSITIONS = {
     PUB1 << 4 | PUBCOMP: PUB1 << 8,
     PUB2 << 4 | PUBCOMP: PUB2 << 8,
 }
+# In place of these in a clean session: the broker forgets with the link what it has not yet passed on.
+CLEAN_TRANSITIONS = {
+    PUB2 << 4 | PUBREC: PUB2 << 8 | PUBREL,
+    PUB2 << 4 | PUBCOMP: DONE << 4,
+}
 
 _IDS = const(65023)  # packet identifiers of messages: 1 to this, one after the other; those above are for requests
 _REQUESTS = const(512)
@@ -61,6 +66,7 @@ class Session:
         self.busy = set()  # inbound: delivered, the handler has not returned
         self._unasked = set()  # of these, what the broker has not sent on this connection: no answer is due
         self.requests = set()  # identifiers of SUBSCRIBE and UNSUBSCRIBE under way: the same space
+        self.clean = False  # the session ends with the connection
         self.epoch = 0  # which session at the broker; handlers finish in the one they began in
         self.unknown = 0  # acknowledgements of nothing
 
@@ -112,6 +118,8 @@ class Session:
             where = self.out.get(packet_id, 0)
             state = where & 3
         rule = TRANSITIONS.get(state << 4 | packet)
+        if self.clean:
+            rule = CLEAN_TRANSITIONS.get(state << 4 | packet, rule)
         if rule is None:
             raise ProtocolError("packet type %d for message %d in state %d" % (packet, packet_id, state))
         if packet == PUBREL:

@@ -532,11 +532,12 @@ class Store(Recall):
             self.commit()
             self._asked = True
 
-    def connected(self, session_present, identity):
+    def connected(self, session_present, identity, clean=False):
         """CONNACK came.  Everything unfinished goes out again, in order, before anything new.
 
         Without a session at the broker it goes out as new, and what already had its PUBREC is over.  Then, too, all
-        subscriptions have to be made again.  Raises JournalFull, OSError.  MQTT 3.1.1 section 4.4.
+        subscriptions have to be made again.  clean: CONNECT said so; a QoS 2 message then waits for its PUBCOMP and is
+        sent again without it, perhaps twice.  Raises JournalFull, OSError.  MQTT 3.1.1 section 4.4.
         """
         self.disconnected()
         if not session_present:
@@ -552,6 +553,7 @@ class Store(Recall):
         self._resend = self.session.order()
         self._sent_to = self._taken
         self._dup = session_present
+        self.session.clean = clean
         self.online = True
         self._consider()
 
