@@ -197,7 +197,7 @@ class MQTTClient:
             if not present:
                 self._renewing = True
                 self._era += 1
-            store.connected(present, broker)
+            store.connected(present, broker, clean)
             self._renewing = False
             self._fill()
             for topic_filter, qos in self._wanted.items():
