@@ -226,7 +226,8 @@ class MQTTClient:
         self._ping_at = None
         self._requests.clear()
         self.store.session.requests.clear()
-        self._pulse_at = self._last_received = time.ticks_ms()
+        self._last_received = time.ticks_ms()
+        self._pulse_at = time.ticks_add(self._last_received, -_PULSE_MS)  # the first message is recorded as finished
         self._write(connect)
         self._up = False
         kind = self._next(self._limit_ms)
@@ -280,6 +281,7 @@ class MQTTClient:
                 except (MQTTError, OSError):
                     pass  # it had not been able to record that before, either
                 owner.store = None
+                owner._era += 1
             device, prog_size, size = self._device, self._prog_size, None
             if device is None:
                 device, prog_size, size = open_home(self._home, self._home_bytes)
@@ -294,10 +296,10 @@ class MQTTClient:
 
     def _hang_up(self):
         self._up = False
-        if self.sock is not None:
-            self.sock.close()  # it stays there, as in umqtt.simple: a program may close it, too
         if self.store is not None:
             self.store.disconnected()
+        if self.sock is not None:
+            self.sock.close()  # it stays there, as in umqtt.simple: a program may close it, too
 
     def _lost(self, error):
         """The connection has failed: end it, and return the OSError that says so."""
@@ -373,6 +375,7 @@ class MQTTClient:
                 # A callback that publishes for each message it gets must not grow the stack without end.
                 if self._depth <= _NESTED:
                     self._until(lambda: store.is_live(packet_id))
+                    self._pulse()  # or a program that sleeps now would send it again
                 return
             except (MQTTException, OSError):
                 if self._up:
