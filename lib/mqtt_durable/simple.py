@@ -177,6 +177,7 @@ class MQTTClient:
 
     def _connect(self):
         clean = self._clean
+        self._good = False
         self._hang_up()
         self._mount()
         store = self.store
@@ -222,7 +223,7 @@ class MQTTClient:
         self._poll.register(self.sock, select.POLLIN)
         decoder = self._decoder
         decoder.reset()
-        self._begun = self._good = self._asked = False
+        self._begun = self._asked = False
         self._ping_at = None
         self._requests.clear()
         self.store.session.requests.clear()
