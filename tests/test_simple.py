@@ -8,7 +8,7 @@ from fakebroker import FakeBroker, Packet, ack, packet, publish
 from mqtt_durable.errors import ConnectRefused, JournalFull, JournalUnavailable, MQTTError
 from mqtt_durable.journal import Journal
 from mqtt_durable.store import Store, identity
-from norsim import Nor
+from norsim import Nor, Rng
 from raises import raises
 
 MOST_MS = 600000  # a client that waits longer waits for ever
@@ -324,12 +324,14 @@ def test_a_wrong_argument_is_a_value_error_and_leaves_the_connection_as_it_was()
 def test_only_the_bytes_of_one_packet_are_read_so_that_a_program_may_poll_the_socket():
     def scenario(rig):
         c = rig.connected()
-        one = publish("t", b"a" * 300)
-        rig.broker.say(one + one)
-        c.check_msg()
-        assert rig.broker.link.waiting == one
-        c.check_msg()
-        assert not rig.broker.link.waiting and len(rig.got) == 2
+        for size in (30, 300):
+            one = publish("t", b"a" * size)
+            rig.broker.say(one + one)
+            c.check_msg()
+            assert rig.broker.link.waiting == one
+            c.check_msg()
+            assert not rig.broker.link.waiting
+        assert len(rig.got) == 4
 
     play(scenario)
 
@@ -732,6 +734,17 @@ def test_subscriptions_are_made_again_when_publish_has_connected_again_and_the_b
         play(scenario)
 
 
+def test_a_programs_own_clean_connect_begins_without_subscriptions_as_in_umqtt_simple():
+    def scenario(rig):
+        c = rig.connected()
+        c.subscribe(b"t/#", 1)
+        c.connect(True)
+        c.connect(False)
+        assert not rig.broker.named("SUBSCRIBE", 2) and not rig.broker.named("SUBSCRIBE", 3)
+
+    play(scenario)
+
+
 def test_a_qos_2_message_received_is_delivered_once_also_when_power_fails_on_its_way():
     def scenario(rig):
         c = rig.connected()
@@ -857,6 +870,50 @@ def test_of_two_clients_on_one_journal_the_later_one_is_told():
     play(scenario)
 
 
+def test_through_random_faults_every_message_arrives_in_order_and_at_qos_2_once():
+    names = ("CONNECT", "PUBLISH", "PUBREL", "PUBREC", "PUBACK", "PUBCOMP")
+    faults = ("lost", "unanswered", "answered", "silent", "ignored")
+    for seed in range(12):
+
+        def scenario(rig):
+            rng = Rng(seed)
+            c = rig.connected()
+            received = 0
+            for n in range(120):
+                rig.broker.script = ()
+                if not rng.below(3):
+                    name = names[rng.below(len(names))]
+                    rig.broker.script = ((0, name, 1 + rng.below(40), faults[rng.below(len(faults))]),)
+                if not rng.below(12):
+                    rig.broker.cut()
+                if not rng.below(15):  # the power fails
+                    c = rig.make()
+                    c._stay, c._clean = True, False
+                if not rng.below(8) and c._up and rig.broker.link and not rig.broker.link.ended:
+                    received += 1
+                    rig.broker.say(publish("in", b"%d" % received, 2, received))
+                c.publish(b"q%d" % (n % 2), b"%d" % n, qos=1 + n % 2, mark=n)
+                assert c.mark == n
+                rig.clock.waited = 0
+                rig.clock.now += rng.below(40000)
+            rig.broker.script = ()
+            for _ in range(3):  # the first may find a link that is dead
+                rig.clock.now += 60000
+                c.publish(b"q1", b"end", qos=2)
+            got = rig.broker.delivered
+            once = [int(payload) for topic, payload, _ in got if topic == "q1" and payload != b"end"]
+            assert once == list(range(1, 120, 2)), (seed, once)
+            some = []
+            for topic, payload, _ in got:
+                if topic == "q0" and int(payload) not in some:
+                    some.append(int(payload))
+            assert some == list(range(0, 120, 2)), (seed, some)
+            assert rig.got and len(rig.got) == len(set(rig.got)), (seed, rig.got)
+            assert rig.broker.connections > 8 and any(p.dup for p in rig.broker.named("PUBLISH"))
+
+        play(scenario)
+
+
 # -- broken brokers and links
 
 
@@ -912,6 +969,26 @@ def test_an_interrupt_in_the_middle_of_a_packet_ends_the_connection():
         raises(OSError, c.publish, b"t", b"x")
         c.publish(b"t", b"2", qos=1)
         assert rig.payloads() == [b"1", b"2"] and rig.broker.connections == 2
+
+    play(scenario)
+
+
+def test_an_interrupt_before_connack_leaves_no_connection():
+    def scenario(rig):
+        c = rig.make()
+
+        def hears(came):
+            def interrupted(view):
+                raise KeyboardInterrupt
+
+            rig.broker.link.readinto = interrupted
+
+        rig.broker.hears = hears
+        raises(KeyboardInterrupt, c.connect, False)
+        rig.broker.hears = None
+        raises(OSError, c.publish, b"t", b"x")
+        c.publish(b"t", b"1", qos=1)
+        assert rig.payloads() == [b"1"]
 
     play(scenario)
 

@@ -504,6 +504,30 @@ while True:
 """
 
 
+ECHOES = """
+from umqtt.simple import MQTTClient
+c = MQTTClient("prog", "127.0.0.1", PORT)
+got = []
+c.set_callback(lambda topic, msg: got.append(len(msg)))
+c.connect(False, timeout=20)
+c.subscribe(b"in/n", 2)
+for n in range(12):
+    c.publish(b"in/n", b"x" * (n * 100), qos=n % 3)
+while len(got) < 12:
+    c.wait_msg()
+print(sorted(got) == [n * 100 for n in range(12)])
+c.disconnect()
+"""
+
+
+def test_messages_come_whole_over_a_link_that_carries_a_byte_at_a_time(tmp_path):
+    with Mosquitto() as broker, Proxy(broker.port) as link:
+        link.chunk(1)
+        program = Program("mqtt_durable.simple", "PORT = %d\n" % link.port + ECHOES, tmp_path)
+        program.end()
+        assert program.lines == ["True"]
+
+
 @pytest.mark.parametrize("clean", (False, True))
 @pytest.mark.parametrize("when", ("before", "inside", "after"))
 @pytest.mark.parametrize(
