@@ -5,7 +5,7 @@ Nothing here waits: when the client would, its clock goes on, and what is due by
 
 import mqtt_durable.simple as simple
 from fakebroker import FakeBroker, Packet, ack, packet, publish
-from mqtt_durable.errors import ConnectRefused, JournalFull, JournalUnavailable, MQTTError
+from mqtt_durable.errors import ConnectRefused, JournalFull, JournalLost, JournalUnavailable, MQTTError
 from mqtt_durable.journal import Journal
 from mqtt_durable.store import Store, identity
 from norsim import Nor, Rng
@@ -912,6 +912,46 @@ def test_through_random_faults_every_message_arrives_in_order_and_at_qos_2_once(
             assert rig.broker.connections > 8 and any(p.dup for p in rig.broker.named("PUBLISH"))
 
         play(scenario)
+
+
+def test_after_another_hand_has_taken_the_journals_home_away_it_begins_anew():
+    class Taken(Nor):
+        taken = False
+
+        def writeblocks(self, *args):
+            if self.taken:
+                raise JournalLost("pinned: gone")
+            return super().writeblocks(*args)
+
+        def readblocks(self, *args):
+            if self.taken:
+                raise JournalLost("pinned: gone")
+            return super().readblocks(*args)
+
+    def scenario(rig):
+        homes = []
+
+        def open_home(home, size, anew=False):
+            homes.append(anew)
+            rig.nor = Taken(size)
+            return rig.nor, 4, None
+
+        simple.open_home, before = open_home, simple.open_home
+        try:
+            c = Client("p7", "b", home="pinned")
+            c.broker = rig.broker
+            c.connect(False)
+            c.publish(b"t", b"1", qos=1)
+            rig.nor.taken = True
+            raises(JournalLost, c.publish, b"t", b"2", False, 1)
+            c.publish(b"t", b"3", qos=1)
+            assert homes == [False, True] and isinstance(c.last_error, JournalLost)
+            assert rig.payloads() == [b"1", b"3"]
+            assert rig.broker.trace(3)[0] == "CONNECT clean"  # the new one begins with a clean session
+        finally:
+            simple.open_home = before
+
+    play(scenario)
 
 
 # -- broken brokers and links

@@ -13,7 +13,7 @@ from errno import ETIMEDOUT
 
 from micropython import const
 
-from .errors import JournalFull, JournalUnavailable, MQTTError, MQTTException, ProtocolError
+from .errors import JournalFull, JournalLost, JournalUnavailable, MQTTError, MQTTException, ProtocolError
 from .flash import open_home, resolve
 from .journal import Journal
 from .packet import (
@@ -268,11 +268,12 @@ class MQTTClient:
         client_id = self.client_id if isinstance(self.client_id, str) else str(self.client_id, "utf-8")
         return identity(client_id, self.server, self.port)
 
-    def _mount(self):
-        """Make sure that the journal is ours and in order.  Raises JournalUnavailable, OSError."""
+    def _mount(self, anew=False):
+        """Make sure that the journal is ours and in order.  anew: its home was lost while in use.
+        Raises JournalUnavailable, OSError."""
         if self.store is None:
             owner = _owners.get(self._key)
-            if owner is not None:
+            if owner is not None and owner is not self:
                 if owner._up and owner._identity() != self._identity():
                     raise JournalUnavailable(
                         'another MQTTClient is connected and uses "%s": give each a home of its own' % self._home
@@ -285,15 +286,22 @@ class MQTTClient:
                 owner._era += 1
             device, prog_size, size = self._device, self._prog_size, None
             if device is None:
-                device, prog_size, size = open_home(self._home, self._home_bytes)
+                device, prog_size, size = open_home(self._home, self._home_bytes, anew)
             store = Store(Journal(device, prog_size, size), self._in_flight, self._when_full)
             store.open()
             self.store = store
             _owners[self._key] = self
             self._era += 1
         elif not self.store.journal.usable:  # after a failure of the flash what it holds is what counts
-            self.store.open()
-            self._era += 1
+            try:
+                self.store.open()
+                self._era += 1
+            except JournalLost as e:
+                if self._device is not None:
+                    raise
+                self.store = None
+                self._mount(True)
+                self.last_error = e
 
     def _hang_up(self):
         self._up = False
