@@ -11,7 +11,7 @@ _FILE = "%s/_test_config_%s.json" % (_HERE, sys.implementation.name)
 
 DEFAULTS = {
     "wifi": {"ssid": "net", "password": None, "country": "DE"},
-    "broker": {"host": "h", "port": 1883, "username": None, "password": None, "keep_alive_s": 60},
+    "broker": {"host": "h", "port": 1883, "username": None, "password": None, "keep_alive_s": 60, "tls": None},
     "client_id": "auto",
     "session": {"clean": False, "in_flight": 16},
     "journal": {"home": "auto", "size_kib": 64, "when_full": "raise", "durability": "always", "grace_ms": 500},
@@ -83,9 +83,16 @@ def test_the_example_shows_every_key_with_its_default():
     assert example == DEFAULTS
     with open(path) as file:
         text = file.read()
-    for section, _, rows in config._TABLE:
-        for row in rows:
-            assert '"%s":' % row[0] in text, (section, row[0])
+    for key in keys(config._TABLE):
+        assert '"%s":' % key in text, key
+
+
+def keys(rows):
+    """The keys in rows and in their sections, but for those of a section that is null by default."""
+    for row in rows:
+        yield row[0]
+        if len(row) == 3 and row[1] is not None:
+            yield from keys(row[2])
 
 
 RIGHT = (
@@ -96,6 +103,10 @@ RIGHT = (
     ("user and password", minimal(broker__username="u", broker__password="")),
     ("IPv4", minimal(broker__host="192.168.1.2")),
     ("IPv6", minimal(broker__host="fe80::1")),
+    ("TLS", minimal(broker__tls={"ca": "/certs/ca.der"})),
+    ("TLS with a client certificate", minimal(broker__tls={"ca": "a", "cert": "b", "key": "c"})),
+    ("TLS unverified", minimal(broker__tls={"verify": False})),
+    ("TLS by another name", minimal(broker__tls={"ca": "a", "server_hostname": "broker.lan", "ntp_host": "10.0.0.1"})),
     ("no keep alive", minimal(broker__keep_alive_s=0)),
     ("long client_id", minimal(client_id="x" * 128)),
     ("client_id with + where no topic has it", minimal(client_id="a+b", telemetry=None, commands__topic="c")),
@@ -121,6 +132,11 @@ def test_right_configurations_have_no_problems():
     for name, given in RIGHT:
         assert check(given) == [], name
 
+
+_NO_CA = (
+    "broker.tls.ca: found null, expected the path of the CA certificate that the broker's is signed with, "
+    'because MicroPython has none of its own; or "verify": false, and anyone can pose as the broker'
+)
 
 # name, configuration, the only problem line
 WRONG = (
@@ -233,6 +249,39 @@ WRONG = (
         minimal(broker__password="x"),
         "broker.username: found null, expected a text, because broker.password is set",
     ),
+    ("flag for TLS", minimal(broker__tls=True), "broker.tls: found true, expected null or an object"),
+    ("TLS without a CA", minimal(broker__tls={}), _NO_CA),
+    ("TLS without a CA, said aloud", minimal(broker__tls={"ca": None, "verify": True}), _NO_CA),
+    (
+        "empty path",
+        minimal(broker__tls={"ca": ""}),
+        'broker.tls.ca: found "", expected null or a text of 1-255 bytes',
+    ),
+    (
+        "number for verify",
+        minimal(broker__tls={"ca": "a", "verify": 1}),
+        "broker.tls.verify: found 1, expected true or false",
+    ),
+    (
+        "certificate without key",
+        minimal(broker__tls={"ca": "a", "cert": "c"}),
+        "broker.tls.key: found null, expected the path of a file, because broker.tls.cert is set",
+    ),
+    (
+        "key without certificate",
+        minimal(broker__tls={"verify": False, "key": "k"}),
+        "broker.tls.cert: found null, expected the path of a file, because broker.tls.key is set",
+    ),
+    (
+        "unknown key of TLS",
+        minimal(broker__tls={"ca": "a", "insecure": True}),
+        "broker.tls.insecure: found an unknown key, expected one of ca, cert, key, verify, server_hostname, ntp_host",
+    ),
+    (
+        "no NTP server",
+        minimal(broker__tls={"ca": "a", "ntp_host": None}),
+        "broker.tls.ntp_host: found null, expected a host name or an address, without mqtt://, port and path",
+    ),
     ("other case", minimal(Telemetry=1), 'Telemetry: found an unknown key, expected "telemetry"'),
     (
         "other word separator",
@@ -256,6 +305,16 @@ WRONG = (
 def test_each_mistake_gives_its_line():
     for name, given, line in WRONG:
         assert check(given) == [line], (name, check(given))
+
+
+def test_tls_is_completed_and_changes_the_port_that_was_not_given():
+    given = minimal(broker__tls={"ca": "a"})
+    filled = with_unique_id(b"\x01", config.complete, given)
+    tls = {"ca": "a", "cert": None, "key": None, "verify": True, "server_hostname": None, "ntp_host": "pool.ntp.org"}
+    assert filled["broker"]["tls"] == tls and filled["broker"]["port"] == 8883
+    assert with_unique_id(b"\x01", config.complete, filled) == filled
+    given = minimal(broker__tls={"ca": "a"}, broker__port=1883)
+    assert with_unique_id(b"\x01", config.complete, given)["broker"]["port"] == 1883
 
 
 def test_every_mistake_is_reported_at_once():

@@ -14,8 +14,9 @@ import json
 from .errors import ConfigError
 from .packet import check_filter, check_topic
 
-# Section, may it be null, rows of (key, default, kind, lower limit, upper limit).  A default of ...: there is none.
-# A value may be null when its default is.  One constant: frozen or in .mpy it costs no heap to build.
+# Rows of (key, default, kind, lower limit, upper limit).  A default of ...: there is none.  A value may be null when
+# its default is.  A section: (key, may it be null, rows); None: it may, and is when it is missing.
+# One constant: frozen or in .mpy it costs no heap to build.
 _TABLE = (
     ("wifi", True, (
         ("ssid", ..., "text", 1, 32),
@@ -28,8 +29,16 @@ _TABLE = (
         ("username", None, "text", 0, 65535),
         ("password", None, "secret", 0, 65535),
         ("keep_alive_s", 60, "number", 0, 65535),
+        ("tls", None, (
+            ("ca", None, "text", 1, 255),
+            ("cert", None, "text", 1, 255),
+            ("key", None, "text", 1, 255),
+            ("verify", True, "flag", 0, 1),
+            ("server_hostname", None, "host", 1, 253),
+            ("ntp_host", "pool.ntp.org", "host", 1, 253),
+        )),
     )),
-    ("", False, (("client_id", "auto", "text", 1, 128),)),
+    ("client_id", "auto", "text", 1, 128),
     ("session", False, (
         ("clean", False, "flag", 0, 1),
         ("in_flight", 16, "number", 1, 64),
@@ -66,6 +75,8 @@ _EXPECTED = {
     "topic_name": "a topic without + and #",
     "topic_filter": "a topic filter: + alone in its level, # alone in the last one",
 }
+
+_MISSING = {}  # a section that is not there
 
 _NOT_AUTO = 'client_id: found "auto", expected a text of 1-128 bytes, because this machine has no machine.unique_id()'
 
@@ -140,39 +151,42 @@ def _line(file, error):
 def _walk(config):
     """Return (config completed, problem lines)."""
     problems = []
-    filled = {}
-    if type(config) is not dict:
-        return filled, ["config: found %s, expected an object" % _kind(config)]
-    names = [section or rows[0][0] for section, _, rows in _TABLE]
-    _refuse_unknown(config, "", names, problems)
-    for section, null_ok, rows in _TABLE:
-        given = config.get(section, {}) if section else config
-        if given is None and null_ok:
-            filled[section] = None
-            continue
-        if type(given) is not dict:
-            # The kind only: whoever writes "wifi": "..." may have written the password there.
-            null = "null or " if null_ok else ""
-            problems.append("%s: found %s, expected %san object" % (section, _kind(given), null))
-            continue
-        target = filled
-        prefix = ""
-        if section:
-            target = filled[section] = {}
-            prefix = section + "."
-            _refuse_unknown(given, prefix, [row[0] for row in rows], problems)
-        for key, default, kind, low, high in rows:
-            value = target[key] = given.get(key, default)
-            if value is ...:
-                _note(problems, prefix + key, "nothing", kind, low, high, False)
-                if section == "wifi" and "wifi" not in config:
-                    problems[-1] += '; or "wifi": null where the network is up without it'
-            elif not (value is None and default is None) and not _fits(value, kind, low, high):
-                found = _kind(value) if kind == "secret" else _shown(value)
-                _note(problems, prefix + key, found, kind, low, high, default is None)
+    filled = _fill(config, "", False, _TABLE, problems)
     if not problems:
+        if filled["broker"]["tls"] and "port" not in config["broker"]:
+            filled["broker"]["port"] = 8883  # secure-mqtt
         _check_together(filled, problems)
     return filled, problems
+
+
+def _fill(given, path, null_ok, rows, problems):
+    """Return the section at path completed, None for null; add its problem lines."""
+    if given is None and null_ok is not False:
+        return None
+    if type(given) is not dict:
+        # The kind only: whoever writes "wifi": "..." may have written the password there.
+        null = "" if null_ok is False else "null or "
+        problems.append("%s: found %s, expected %san object" % (path or "config", _kind(given), null))
+        return None
+    prefix = path and path + "."
+    _refuse_unknown(given, prefix, [row[0] for row in rows], problems)
+    filled = {}
+    for row in rows:
+        key = row[0]
+        if len(row) == 3:
+            missing = None if row[1] is None else _MISSING
+            filled[key] = _fill(given.get(key, missing), prefix + key, row[1], row[2], problems)
+            continue
+        key, default, kind, low, high = row
+        value = filled[key] = given.get(key, default)
+        if value is ...:
+            _note(problems, prefix + key, "nothing", kind, low, high, False)
+            if path == "wifi" and given is _MISSING:
+                problems[-1] += '; or "wifi": null where the network is up without it'
+        elif not (value is None and default is None) and not _fits(value, kind, low, high):
+            found = _kind(value) if kind == "secret" else _shown(value)
+            _note(problems, prefix + key, found, kind, low, high, default is None)
+    return filled
 
 
 def _check_together(config, problems):
@@ -181,6 +195,17 @@ def _check_together(config, problems):
     if broker["password"] is not None and broker["username"] is None:
         # [MQTT-3.1.2-22]
         problems.append("broker.username: found null, expected a text, because broker.password is set")
+    tls = broker["tls"]
+    if tls:
+        if tls["verify"] and tls["ca"] is None:
+            problems.append(
+                "broker.tls.ca: found null, expected the path of the CA certificate that the broker's is signed with, "
+                'because MicroPython has none of its own; or "verify": false, and anyone can pose as the broker'
+            )
+        for key, other in (("cert", "key"), ("key", "cert")):
+            if tls[key] is None and tls[other] is not None:
+                line = "broker.tls.%s: found null, expected the path of a file, because broker.tls.%s is set"
+                problems.append(line % (key, other))
     name = config["client_id"]
     if name == "auto":
         if _unique_id() is None:
