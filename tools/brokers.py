@@ -67,25 +67,34 @@ def password_line(user, password):
     return "%s:$7$101$%s$%s\n" % (user, base64.b64encode(salt).decode(), base64.b64encode(key).decode())
 
 
+def _config_lines(options):
+    for name, value in options.items():
+        if value is not None:
+            yield "%s %s\n" % (name, str(value).lower() if isinstance(value, bool) else value)
+
+
 class Mosquitto:
     """A mosquitto broker on 127.0.0.1.
 
     port: fixed, or 0 to choose a free one at the first start; it stays the same from then on.
     users: {name: password}; anonymous clients are then refused.
     lines: more lines for the configuration file.
+    tls: options of a second listener, on .tls_port: certfile, keyfile, cafile, require_certificate.
     options: any of mosquitto.conf's, by name; True and False are written true and false, None leaves a default out.
 
-    .port, .directory, .log (the newest 20000 lines, oldest first), .starts (how often it came up).
+    .port, .tls_port, .directory, .log (the newest 20000 lines, oldest first), .starts (how often it came up).
     """
 
-    def __init__(self, port=0, *, users=None, lines=(), program=None, **options):
+    def __init__(self, port=0, *, users=None, lines=(), tls=None, program=None, **options):
         self.port = port
+        self.tls_port = 0
         self.directory = None
         self.starts = 0
         self.log = collections.deque(maxlen=20000)
         self._program = program
         self._users = users
         self._lines = list(lines)
+        self._tls = tls
         self._options = {
             "allow_anonymous": users is None,
             "persistence": True,
@@ -128,6 +137,8 @@ class Mosquitto:
         for _ in range(20):
             if chosen:
                 self.port = free_port()
+            if self._tls and (chosen or not self.tls_port):
+                self.tls_port = free_port()
             if self._try_start(program):
                 self.starts += 1
                 return
@@ -200,15 +211,15 @@ class Mosquitto:
             options["password_file"] = os.path.join(self.directory, "passwords")
             with open(options["password_file"], "w") as f:
                 f.writelines(password_line(*user) for user in self._users.items())
-        words = {True: "true", False: "false"}
         path = os.path.join(self.directory, "mosquitto.conf")
         with open(path, "w") as f:
             f.write("log_dest stderr\n")
-            for name, value in options.items():
-                if value is not None:
-                    f.write("%s %s\n" % (name, words.get(value, value) if isinstance(value, bool) else value))
+            f.writelines(_config_lines(options))
             f.write("listener %d 127.0.0.1\n" % self.port)
             f.writelines(line + "\n" for line in self._lines)
+            if self._tls:
+                f.write("listener %d 127.0.0.1\n" % self.tls_port)
+                f.writelines(_config_lines(self._tls))
         return path
 
     def _try_start(self, program):
