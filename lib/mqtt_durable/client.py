@@ -46,7 +46,7 @@ from .packet import (
     Decoder,
 )
 from .store import Store, identity
-from .transport import dial
+from .transport import dial, hang_up
 
 _SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
 _RECEIVE_BYTES = const(768)
@@ -89,7 +89,8 @@ class Client:
     answer_ms: the broker must answer CONNECT and PINGREQ within this.
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
 
-    The journal is mounted here, so .mark is known at once.  Raises JournalUnavailable, ValueError, OSError (flash).
+    The journal is mounted here, so .mark is known at once.  Raises JournalUnavailable, ValueError, OSError (flash),
+    ConfigError (a certificate's file).
     """
 
     def __init__(
@@ -108,6 +109,11 @@ class Client:
         session = config["session"]
         self.client_id = configured_client_id(config)
         self._broker = broker
+        self._tls = None
+        if broker.get("tls"):
+            from .tls import TLS
+
+            self._tls = TLS(broker["tls"], broker["host"])
         self._keep_alive_ms = broker["keep_alive_s"] * 1000
         # A PINGREQ is due after 3/4 of the keep-alive, and a pulse later it has gone out.
         self._pulse_ms = min(_PULSE_MS, self._keep_alive_ms // 8 or _PULSE_MS)
@@ -586,7 +592,7 @@ class Client:
 
     def _hang_up(self):
         if self._stream is not None:
-            self._stream.s.close()  # MicroPython's Stream.close() does nothing
+            hang_up(self._stream)
             self._stream = None
 
     async def _guard(self, coroutine):
@@ -599,17 +605,20 @@ class Client:
             self._said.set()  # or close() would wait for it
 
     async def _handshake(self, clean):
-        """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2)."""
-        self._stream = stream = dial(self._broker["host"], self._broker["port"], self._attempt)
-        stream.write(self._connect_packet(clean))
-        await stream.drain()
+        """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2), where TLS is on inside its handshake."""
+        self._stream = stream = dial(self._broker["host"], self._broker["port"], self._attempt, self._tls)
         decoder = self._decoder
         decoder.reset()
-        while True:
-            kind = decoder.next()
-            if kind:
-                break
-            await self._receive(stream)
+        try:
+            stream.write(self._connect_packet(clean))
+            await stream.drain()
+            while True:
+                kind = decoder.next()
+                if kind:
+                    break
+                await self._receive(stream)
+        except (OSError, ValueError) as e:
+            raise e if self._tls is None else self._tls.explained(e)
         if kind != CONNACK:
             raise ProtocolError("packet type %d before CONNACK" % kind)
         if decoder.return_code:

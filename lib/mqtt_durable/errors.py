@@ -33,6 +33,13 @@ class ConnectRefused(MQTTError):
         )
 
 
+class TLSError(MQTTError):
+    """TLS with the broker failed before its CONNACK.  The argument says what did: a certificate, the clock, the broker.
+
+    The connection is tried again after the usual pauses; nothing stored is lost.
+    """
+
+
 class SubscribeRefused(MQTTError):
     """SUBACK carried 0x80 for a topic filter (MQTT 3.1.1 section 3.9.3).  The argument is the filter."""
 

@@ -28,7 +28,7 @@ PICTURE = {
     "flash": {"errors", "flash"},
 }
 NAMED = {"errors", "packet", "session", "journal", "store", "client", "simple"}
-FRONT = {"client", "simple", "transport"}
+FRONT = {"client", "simple", "transport", "tls"}
 
 # From store leftward: time arrives as now_ms, bytes as arguments.
 OUTSIDE = set("socket asyncio uasyncio select ssl tls time utime network machine esp32 rp2 ntptime _thread".split())
