@@ -99,7 +99,7 @@ def test_pem_gives_its_blocks_of_the_kind_and_anything_else_itself():
 def test_file_that_cannot_be_used_is_one_line():
     assert problem(CA.encode(), ca="/nowhere/ca.pem") == "broker.tls.ca: /nowhere/ca.pem cannot be read: not found"
     assert problem(bytes(16385)) == "broker.tls.ca: %s has more than 16384 bytes" % _FILE
-    line = "broker.tls.ca: %s holds none that can be used, expected PEM or DER, not encrypted" % _FILE
+    line = "broker.tls.ca: %s holds none that can be used, expected one as PEM or DER, not encrypted" % _FILE
     assert problem(b"-----BEGIN PRIVATE KEY-----\nAAEC\n-----END PRIVATE KEY-----\n") == line
     assert problem(CA.encode()[:100]) == line
 

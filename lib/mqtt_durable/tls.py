@@ -45,9 +45,9 @@ class TLS:
                 # Only as PEM a chain can be handed over whole.
                 context.load_cert_chain(blocks[0] if len(blocks) == 1 else chain, private)
         except ValueError as e:  # mbedtls's own words for the last two: "invalid cert", "invalid key"
-            if e.args[0] == "invalid cert":
-                key = key if key == "ca" else "cert"
-            line = "broker.tls.%s: %s holds none that can be used, expected PEM or DER, not encrypted"
+            if key == "key" and e.args[0] == "invalid cert":
+                key = "cert"
+            line = "broker.tls.%s: %s holds none that can be used, expected one as PEM or DER, not encrypted"
             raise ConfigError([line % (key, settings[key])])
         gc.collect()
 
