@@ -141,7 +141,7 @@ class Link:
     """In place of the client's Stream: one connection.  Bytes to the client come in pieces of any size."""
 
     def __init__(self, broker, number_):
-        self.s = self
+        self.s = self.sock = self
         self.broker = broker
         self.number = number_
         self.coming = b""  # to the client
@@ -263,7 +263,7 @@ class MadBroker:
 
     # -- the link
 
-    def dial(self, host, port, attempt=0):
+    def dial(self, host, port, attempt=0, tls=None):
         self.connections += 1
         self.count("connections")
         if not self.honest and self.rng.below(12) == 0:

@@ -53,7 +53,7 @@ class Journal(Ring):
     urandom: makes the journal's id, urandom(4).
     Raises ValueError for a bad argument, JournalUnavailable if the device cannot serve.
 
-    RAM: three 256-byte pages and 4 bytes a sector; it does not grow with what is stored.
+    RAM: three 256-byte pages and 4 bytes a sector, while it mounts a sector more; it does not grow with what is stored.
     After an OSError from the device the journal refuses to append until mount() has been called again.
     """
 
