@@ -60,7 +60,7 @@ def test_every_legal_transition_has_its_record_and_its_answer():
 def test_in_a_clean_session_a_qos_2_message_stays_until_its_pubcomp():
     for state, packet, after, record, answer in (
         (PUB2, PUBREC, PUB2, 0, PUBREL),
-        (PUB2, PUBCOMP, 0, DONE, 0),
+        (PUB2, PUBCOMP, PUB2, 0, 0),
         (PUB1, PUBACK, 0, DONE, 0),
         (PUB1, PUBCOMP, PUB1, 0, 0),
         (0, PUBREC, 0, 0, PUBREL),
@@ -70,6 +70,17 @@ def test_in_a_clean_session_a_qos_2_message_stays_until_its_pubcomp():
         session.clean = True
         assert session.acknowledged(packet, 5) == record << 4 | answer, (state, packet)
         assert _state(session) == after, (state, packet)
+
+
+def test_in_a_clean_session_only_the_pubcomp_that_follows_a_pubrec_on_the_same_connection_ends_a_message():
+    session = _session(PUB2)
+    session.clean = True
+    session.acknowledged(PUBREC, 5)
+    session.disconnected()
+    session.acknowledged(PUBCOMP, 5)
+    assert _state(session) == PUB2
+    session.acknowledged(PUBREC, 5)
+    assert session.acknowledged(PUBCOMP, 5) == DONE << 4 and _state(session) == 0
 
 
 def test_every_illegal_transition_is_a_protocol_error_and_changes_nothing():

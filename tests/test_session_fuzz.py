@@ -249,7 +249,8 @@ class MadBroker:
         options["size"] = (16384, 32768)[rng.below(2)]
         if rng.below(3) == 0:
             options["grace_ms"] = _NEVER_MS
-        if rng.below(5) == 0:
+        self.forgets = rng.below(5) == 0  # each connection is a session of its own
+        if self.forgets:
             options["clean"] = True
         self.rig = Rig(self, fresh=rng.below(3) == 0, **options)
 
@@ -291,6 +292,8 @@ class MadBroker:
         link.names.append(name)
         if name == "CONNECT":
             link.clean = bool(body[7] & 2)
+            if self.forgets:
+                self.released.clear()
         if name == "PUBLISH":
             qos, packet_id, topic, payload = publish_fields(flags, body)
             if qos:

@@ -67,6 +67,7 @@ class Session:
         self._unasked = set()  # of these, what the broker has not sent on this connection: no answer is due
         self.requests = set()  # identifiers of SUBSCRIBE and UNSUBSCRIBE under way: the same space
         self.clean = False  # the session ends with the connection
+        self.released = set()  # in a clean session: messages that had their PUBREC on this connection
         self.epoch = 0  # which session at the broker; handlers finish in the one they began in
         self.unknown = 0  # acknowledgements of nothing
 
@@ -118,8 +119,11 @@ class Session:
             where = self.out.get(packet_id, 0)
             state = where & 3
         rule = TRANSITIONS.get(state << 4 | packet)
-        if self.clean:
-            rule = CLEAN_TRANSITIONS.get(state << 4 | packet, rule)
+        if self.clean and state == PUB2:
+            if packet == PUBREC:
+                self.released.add(packet_id)
+            if packet_id in self.released:
+                rule = CLEAN_TRANSITIONS.get(state << 4 | packet, rule)
         if rule is None:
             raise ProtocolError("packet type %d for message %d in state %d" % (packet, packet_id, state))
         if packet == PUBREL:
@@ -127,6 +131,7 @@ class Session:
                 self.held.discard(packet_id)
         elif rule >> 4 & 15 == DONE:
             del self.out[packet_id]
+            self.released.discard(packet_id)
         elif rule >> 8 == REL:
             self.out[packet_id] = where & ~3 | REL
         if not rule & 255 or not state:
@@ -162,6 +167,7 @@ class Session:
     def disconnected(self):
         """The connection is over, and with it what was to be answered on it."""
         self._unasked = set(self.busy)
+        self.released.clear()
 
     def renew(self):
         """The broker has no session (any more): what is not yet its own is to be sent as new, the rest is over."""
