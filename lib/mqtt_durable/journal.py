@@ -36,6 +36,7 @@ _PAGE = const(256)
 _MAGIC = const(0x4A4D)
 _VERSION = const(2)
 _HEADER = const(16)
+_SEALED = const(48)
 _OVERHEAD = const(8)
 _TAIL_HEAD = const(10)
 _TAIL = const(0x60)
@@ -62,6 +63,8 @@ class Journal(Ring):
         self._urandom = urandom
         self.fresh = False  # mount() found no journal and made one
         self.damaged = 0  # records that no longer pass their checksum
+        self._cells = None  # while it mounts: the sector _seen
+        self._seen = -1
 
     @property
     def usable(self):
@@ -104,8 +107,12 @@ class Journal(Ring):
         Nothing on the flash can make it fail; what cannot be read is counted in .damaged.  OSError only from the
         device.  Afterwards .fresh tells whether no journal was there.
         """
-        while not self._mount(owner):
-            pass
+        self._cells = memoryview(bytearray(_SECTOR))
+        try:
+            while not self._mount(owner):
+                pass
+        finally:
+            self._cells = None
         self.seq = self._seqs[self._head]
 
     def _mount(self, owner):
@@ -172,7 +179,7 @@ class Journal(Ring):
     def _read_headers(self, owner):
         """Begin anew: fill _seqs; return the units and journal ids of all sectors, 0 without a valid header."""
         self._owner = owner
-        self._ready = self._void = -1
+        self._ready = self._void = self._seen = -1
         self._usable = self._carrying = self._closed = self.fresh = False
         self._put_end = 0
         self._tight = True
@@ -201,7 +208,12 @@ class Journal(Ring):
         """Read a sector as one of the journal that it belongs to."""
         self._id = ids[sector]
         self._set_unit(units[sector] & 0x1FF, units[sector] >> 9)
-        self._look_at(sector)
+        if self._seen != sector:
+            # All of it in one read: cells that power failed on read the same for everything that is decided here.
+            self._device.readblocks(sector, self._cells, 0)
+            self._seen = sector
+        if self._sums:
+            self._sums[:] = self._cells[_HEADER:_SEALED]
         self._measure()
 
     def _find_close(self, units, ids):
@@ -242,23 +254,20 @@ class Journal(Ring):
     def _last_record(self, sector):
         """The position of the CLOSE that ends what is programmed in a sector, loaded; -1 if something else does."""
         off = _SECTOR
+        page = self.buf
         self._touched = False
-        while off > _PAGE:
+        while off and not self._touched:
             off -= _PAGE
-            self._device.readblocks(sector, self.buf, off)
-            if (self.buf != self._page1) if self._sums is None else self._gap(off)[1] != 0xFF:
-                self._touched = True
-                break
-        else:
-            if self._first == _PAGE:
-                return -1
-            off = 0
-            self._device.readblocks(sector, self.buf, 0)
+            page[:] = self._cells[off : off + _PAGE]
+            if off:
+                self._touched = self._gap(off)[1] != 0xFF if self._sums else page != self._page1
+        if not off and self._first == _PAGE:
+            return -1
         if self._sums:  # what is not blank in this page cannot be seen
             tries = range(off + _PAGE - self.room_for(0), max(off, self._first) - 1, -self._unit)
         else:
             n = _PAGE
-            while self.buf[n - 1] == 0xFF:
+            while page[n - 1] == 0xFF:
                 n -= 1
             tries = (off + self._pad(n) - self.room_for(0),)
         for at in tries:
@@ -282,7 +291,7 @@ class Journal(Ring):
         return True
 
     def _scan(self, sector):
-        """Replay a sector: from its first snapshot on, what stands in front of it are copies.  Afterwards:
+        """Replay the sector entered last, from its first snapshot on; in front of it stand copies.  Afterwards:
 
         _end: offset behind the last valid record.  _junk: offset behind the last byte that may have been programmed
         after it, or _end.  Return the number of runs of bytes before _end that should have been records.
@@ -300,9 +309,7 @@ class Journal(Ring):
         buf = self.buf
         unit = self._unit
         seed = self._seed(sector)
-        # All of it in one read: cells that power failed on read the same for everything that is decided here.
-        cells = memoryview(bytearray(_SECTOR))
-        self._device.readblocks(sector, cells, 0)
+        cells = self._cells
         while off < _SECTOR:
             kind = cells[off]
             arg = cells[off + 2]

@@ -81,6 +81,7 @@ class Ring:
         self._head_crc = 0  # the seed of the newest sector
         self._whole = getattr(device, "whole_pages", False)  # it programs nothing smaller
         self._set_unit(prog_size, False)
+        self.put = self._make_put()
 
     # -- geometry
 
@@ -127,7 +128,6 @@ class Ring:
         # Where erased flash does not read 0xFF: of the blank pages of the sector looked at.
         self._sums = bytearray(32) if sealed else None
         self._seed_seq = -1
-        self.put = self._make_put()
 
     def _by_age(self):
         """All sectors: the one erased ahead, those without a header in ring order behind the head, then by age."""
@@ -268,11 +268,6 @@ class Ring:
                 return run & -self._unit, filler
         return self._unit, -1
 
-    def _look_at(self, sector):
-        """Get ready to scan a sector."""
-        if self._sums:
-            self._device.readblocks(sector, self._sums, _HEADER)
-
     # -- programming
 
     def _put(self, data):
@@ -369,7 +364,6 @@ class Ring:
             ring=self,
             write=self._device.writeblocks,
             whole=self._whole,
-            unit=self._unit,
             page=self._page,
             page1=self._page1,
             page2=self._page2,
@@ -378,6 +372,7 @@ class Ring:
         ):
             n = len(rest) + 4
             off = ring._off
+            unit = ring._unit
             size = (n + 7 + unit) & -unit
             if n > 248 or off + size > ring._put_end:
                 return 0
