@@ -311,6 +311,50 @@ def test_watchdog_counts_and_knows_the_boards_limit():
         machine.WDT(timeout=8389)
 
 
+def test_only_an_esp32_tells_a_sleep_from_a_reset():
+    host.use_board("rp2")
+    assert not [name for name in ("HARD_RESET", "DEEPSLEEP_RESET", "SOFT_RESET") if hasattr(machine, name)]
+    host.use_board("esp32")
+    assert (machine.HARD_RESET, machine.DEEPSLEEP_RESET, machine.SOFT_RESET) == (2, 4, 5)
+
+
+def ended(function, *args):
+    with pytest.raises(SystemExit) as e:
+        function(*args)
+    return e.value.args[0]
+
+
+def test_a_pico_sleeps_lightly_with_its_watchdog_running():
+    host.use_board("rp2")
+    lasted = []
+    machine.on_sleep = lasted.append
+    assert ended(machine.deepsleep, 600000) == "reset"
+    with pytest.raises(ValueError):
+        machine.lightsleep(4294967)
+    wdt = machine.WDT(timeout=8000)
+    machine.lightsleep(5000)
+    assert ended(machine.lightsleep, 3000) == "locked up"
+    wdt.feed()
+    machine.Timer(period=1000)
+    machine.lightsleep(5000)
+    assert lasted == [600000, 5000, 1000]
+    host.use_board("esp32")
+    machine.WDT(timeout=8000)
+    assert ended(machine.deepsleep, 600000) == "deepsleep" and machine.slept == [600000]
+
+
+def test_only_a_pico_takes_the_radios_power_away():
+    host.use_board("esp32")
+    assert not hasattr(network.WLAN(), "deinit")
+    host.use_board("rp2")
+    wlan = network.WLAN()
+    wlan.active(True)
+    wlan.active(False)
+    assert wlan.powered
+    wlan.deinit()
+    assert not wlan.powered and not wlan.active()
+
+
 def test_machine_remembers():
     host.use_board("rp2")
     assert machine.reset_cause() == machine.PWRON_RESET and len(machine.unique_id()) == 6

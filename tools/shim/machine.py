@@ -1,25 +1,32 @@
 """Stand-in for machine: what a program of this project calls, doing nothing but remembering.
 
 A call that never returns on a board (reset, deepsleep) ends the program here by SystemExit, whose argument says which
-it was; whoever runs the program starts it again.  On the unix port of MicroPython the built-in module's names stay.
+it was; whoever runs the program starts it again, with the new cause in the environment as MQTT_DURABLE_RESET_CAUSE.  On
+the unix port of MicroPython the built-in module's names stay.
+
+Sleep and its watchdog are those of MicroPython 1.28; the lines are those of 1.29-preview.
 """
 
+import os
 import sys
 
 if sys.implementation.name == "micropython":
     from umachine import *  # noqa: F403  time_pulse_us, ...
 
 PWRON_RESET = 1
-HARD_RESET = 2
 WDT_RESET = 3
-DEEPSLEEP_RESET = 4
-SOFT_RESET = 5
+# Only the ESP32 tells these (ports/esp32/modmachine.c:61-67): on the Pico deepsleep() and reset(), too, end in a reset
+# by the watchdog (ports/rp2/modmachine.c:57, 74, 81, 368).
+_ESP32 = {"HARD_RESET": 2, "DEEPSLEEP_RESET": 4, "SOFT_RESET": 5}
 
-board = "esp32"
+board = ""
 cause = PWRON_RESET  # what reset_cause() returns
+slept = []  # the ms of each sleep that was begun, for tests
+on_sleep = None  # called with the ms that a lightsleep() lasts: a test's clock
 wdt = None  # the watchdog, once one is started
 temperature_c = 21.0  # what the Pico's sensor measures
 _rtc_memory = b""
+_armed = []  # the timers that would fire
 
 
 class _Memory:
@@ -42,11 +49,18 @@ mem32 = _Memory(4)
 
 
 def use_board(name):
-    """Become "esp32" or "rp2" (its limits and sensor), just powered on."""
-    global board, cause, wdt, _rtc_memory
+    """Become "esp32" or "rp2" (its constants, limits and sensor), just powered on."""
+    global board, cause, wdt, on_sleep, _rtc_memory
     board = name
+    module = globals()
+    for key in _ESP32:
+        module.pop(key, None)
+    if name == "esp32":
+        module.update(_ESP32)
     cause = PWRON_RESET
     wdt = None
+    on_sleep = None
+    del slept[:], _armed[:]
     _rtc_memory = b""
 
 
@@ -61,12 +75,37 @@ def soft_reset():
 
 
 def deepsleep(time_ms=None):
-    """End the program; on a board it starts again after time_ms."""
+    """End the program; on a board it starts again after time_ms.
+
+    On the Pico that is lightsleep() with a reset behind it (ports/rp2/modmachine.c:368); on the ESP32 the digital part
+    of the chip is without power meanwhile (ports/esp32/modmachine.c:219), so no watchdog runs.
+    """
+    if board == "rp2":
+        lightsleep(time_ms)
+        reset()
+    slept.append(time_ms)
     raise SystemExit("deepsleep")
 
 
 def lightsleep(time_ms=None):
-    """Return at once; nothing sleeps here."""
+    """Return at once, however long a board would sleep: on_sleep(ms) is told.
+
+    On the Pico (ports/rp2/modmachine.c:156): ValueError for 2**32 us and more (:167), any timer's interrupt ends it (at
+    the __wfi() of :308), and the watchdog's counter goes on; if it runs out, an RP2040 is locked up until its power is
+    cut (micropython#17228, mended after 1.28).  SystemExit("locked up") stands for that.
+    """
+    slept.append(time_ms)
+    if board == "rp2" and time_ms is not None:
+        if time_ms >= (1 << 32) // 1000:
+            raise ValueError("sleep too long")
+        if _armed:
+            time_ms = min([time_ms] + [timer.period_ms for timer in _armed])
+        if wdt and wdt.hungry_ms + time_ms >= wdt.timeout_ms:
+            raise SystemExit("locked up")
+        if wdt:
+            wdt.hungry_ms += time_ms
+    if on_sleep:
+        on_sleep(time_ms)
 
 
 def reset_cause():
@@ -102,11 +141,13 @@ class WDT:
             raise ValueError("timeout exceeds 8388")
         self.timeout_ms = timeout
         self.feeds = 0
+        self.hungry_ms = 0  # of light sleep since the last feed()
         wdt = self
 
     def feed(self):
         """Count."""
         self.feeds += 1
+        self.hungry_ms = 0
 
 
 class RTC:
@@ -176,6 +217,7 @@ class Timer:
 
     def __init__(self, id=-1, **settings):
         self._callback = None
+        self.period_ms = 0
         if settings:
             self.init(**settings)
 
@@ -183,15 +225,24 @@ class Timer:
         """Arm: callback(timer) at each fire()."""
         self._mode = mode
         self._callback = callback
+        self.period_ms = period
+        if self not in _armed:
+            _armed.append(self)
 
     def deinit(self):
         """Disarm."""
         self._callback = None
+        if self in _armed:
+            _armed.remove(self)
 
     def fire(self):
         """Do what the time being up would do."""
         callback = self._callback
         if callback is not None:
             if self._mode == self.ONE_SHOT:
-                self._callback = None
+                self.deinit()
             callback(self)
+
+
+use_board("esp32")
+cause = int(os.getenv("MQTT_DURABLE_RESET_CAUSE") or PWRON_RESET)

@@ -60,6 +60,10 @@ def use_board(name):
             module.pop(key, None)
     module.update(_ESP32 if name == "esp32" else _RP2)
     WLAN.PM_NONE, WLAN.PM_PERFORMANCE, WLAN.PM_POWERSAVE = (0, 1, 2) if name == "esp32" else (0x10, 0xA11142, 0x11)
+    if name == "rp2":
+        WLAN.deinit = WLAN._deinit
+    elif hasattr(WLAN, "deinit"):
+        del WLAN.deinit
     del script[:]
     default = ["connecting", "up"]
     rssi = -60
@@ -105,6 +109,7 @@ class WLAN:
 
     def _begin(self):
         self._active = False
+        self.powered = False  # for tests
         self._config = {"mac": b"\x24\x0a\xc4\x00\x01\x02", "ssid": "", "channel": 1, "pm": WLAN.PM_PERFORMANCE}
         self._config["txpower"] = 20
         if board == "esp32":
@@ -125,6 +130,7 @@ class WLAN:
             self._stop()
         elif not self._active:
             self._retries = 0
+            self.powered = True
         self._active = bool(value)
         return self._active if board == "esp32" else None
 
@@ -150,9 +156,13 @@ class WLAN:
             raise OSError("Wifi Not Started")
         self._stop()
 
-    def deinit(self):
-        """Switch the chip off (Pico W)."""
+    def _deinit(self):
+        """deinit() of the Pico W: take the chip's power away (extmod/network_cyw43.c:133); active(False) does not.
+
+        The ESP32's interface has no such method.
+        """
         self.active(False)
+        self.powered = False
 
     def isconnected(self):
         """Return whether the link is up and has an address."""
