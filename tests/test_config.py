@@ -10,13 +10,14 @@ _HERE = __file__.replace("\\", "/").rpartition("/")[0] or "."
 _FILE = "%s/_test_config_%s.json" % (_HERE, sys.implementation.name)
 
 DEFAULTS = {
-    "wifi": {"ssid": "net", "password": None, "country": "DE"},
+    "wifi": {"ssid": "net", "password": None, "country": "DE", "power_save": False},
     "broker": {"host": "h", "port": 1883, "username": None, "password": None, "keep_alive_s": 60, "tls": None},
     "client_id": "auto",
     "session": {"clean": False, "in_flight": 16},
     "journal": {"home": "auto", "size_kib": 64, "when_full": "raise", "durability": "always", "grace_ms": 500},
     "telemetry": {"topic": "devices/{client_id}/telemetry", "every_s": 60, "qos": 1},
     "commands": {"topic": "devices/{client_id}/commands/#", "qos": 2},
+    "sleep": None,
 }
 
 
@@ -123,6 +124,10 @@ RIGHT = (
     ("grace", minimal(journal__durability="grace")),
     ("shortest grace", minimal(journal__durability="grace", journal__grace_ms=1)),
     ("longest grace", minimal(journal__durability="grace", journal__grace_ms=60000)),
+    ("Wi-Fi power saving", minimal(wifi__power_save=True)),
+    ("sleep with its defaults", minimal(sleep={})),
+    ("sleep without telemetry", minimal(sleep={"every_s": 86400, "linger_s": 0, "reach_s": 0}, telemetry=None)),
+    ("QoS 0 without sleep", minimal(telemetry__qos=0, sleep=None)),
     ("filters", minimal(commands__topic="+/a/+/#")),
     ("only #", minimal(commands__topic="#")),
 )
@@ -147,6 +152,18 @@ WRONG = (
     ("null for number", minimal(commands__qos=None), "commands.qos: found null, expected a whole number 0-2"),
     ("number for flag", minimal(session__clean=0), "session.clean: found 0, expected true or false"),
     ("window", minimal(session__in_flight=65), "session.in_flight: found 65, expected a whole number 1-64"),
+    ("sleep is no object", minimal(sleep=600), "sleep: found a number, expected null or an object"),
+    ("a short sleep", minimal(sleep={"every_s": 9}), "sleep.every_s: found 9, expected a whole number 10-86400"),
+    (
+        "no time to sleep",
+        minimal(sleep={"every_s": 30}),
+        "sleep.every_s: found 30, expected more than sleep.awake_s, which is 30",
+    ),
+    (
+        "QoS 0 and sleep",
+        minimal(sleep={}, telemetry__qos=0),
+        "telemetry.qos: found 0, expected 1 or 2, because sleep is set and QoS 0 waits for no link",
+    ),
     ("too often", minimal(telemetry__every_s=0), "telemetry.every_s: found 0, expected a whole number 1-86400"),
     ("list", minimal(client_id=["x"]), "client_id: found a list, expected a text of 1-128 bytes"),
     ("empty id", minimal(client_id=""), 'client_id: found "", expected a text of 1-128 bytes'),
@@ -296,7 +313,8 @@ WRONG = (
     (
         "unknown section",
         minimal(mqtt={}),
-        "mqtt: found an unknown key, expected one of wifi, broker, client_id, session, journal, telemetry, commands",
+        "mqtt: found an unknown key, expected one of wifi, broker, client_id, session, journal, telemetry, commands, "
+        "sleep",
     ),
     ("no object", [1], "config: found a list, expected an object"),
 )

@@ -6,7 +6,7 @@ import time
 import network
 from mqtt_durable.wifi import Wifi
 
-SETTINGS = {"ssid": "net", "password": "hunter2hunter2", "country": "GB"}
+SETTINGS = {"ssid": "net", "password": "hunter2hunter2", "country": "GB", "power_save": False}
 BOARDS = ("esp32", "rp2")
 
 
@@ -55,6 +55,38 @@ def test_up_connects_and_sets_the_interface_up():
         else:
             assert station().config("pm") == station().PM_NONE
         assert wifi.rssi() == network.rssi
+
+
+def test_power_saving_is_left_on_when_asked_for():
+    for board in BOARDS:
+        wifi = make(board, power_save=True)
+        assert up(wifi) is None
+        assert station().config("pm") == station().PM_PERFORMANCE
+
+
+def test_the_esp32_keeps_its_own_power_saving():
+    wifi = make("esp32")
+    assert up(wifi) is None and station().config("pm") == station().PM_PERFORMANCE
+
+
+def test_down_switches_the_radio_off_and_up_on_again():
+    for board in BOARDS:
+        wifi = make(board)
+        wifi.down()  # nothing to do
+        assert up(wifi) is None and station().powered
+        wifi.down()
+        assert not station().active() and not station().isconnected() and wifi.rssi() is None
+        assert station().powered == (board == "esp32")  # what has deinit() needs it
+        wifi.down()
+        assert up(wifi) is None and len(station().connects) == 2
+
+
+def test_down_is_not_stopped_by_a_driver_that_fails():
+    wifi, net = stubborn(disconnect=9)
+    assert up(wifi) is None
+    net.failures["active"] = 1
+    wifi.down()
+    assert net.calls[-2:] == ["disconnect", "active"]
 
 
 def test_up_returns_at_once_while_connected():

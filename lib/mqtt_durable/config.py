@@ -22,6 +22,7 @@ _TABLE = (
         ("ssid", ..., "text", 1, 32),
         ("password", None, "secret", 8, 64),
         ("country", "DE", "country", 2, 2),
+        ("power_save", False, "flag", 0, 1),
     )),
     ("broker", False, (
         ("host", ..., "host", 1, 253),
@@ -58,6 +59,12 @@ _TABLE = (
     ("commands", True, (
         ("topic", "devices/{client_id}/commands/#", "topic_filter", 1, 65535),
         ("qos", 2, "number", 0, 2),
+    )),
+    ("sleep", None, (
+        ("every_s", 600, "number", 10, 86400),
+        ("awake_s", 30, "number", 5, 3600),
+        ("linger_s", 1, "number", 0, 60),
+        ("reach_s", 10, "number", 0, 3600),
     )),
 )  # fmt: skip
 
@@ -138,6 +145,14 @@ def _unique_id():
     return unique_id()
 
 
+def _can_sleep():
+    try:
+        from machine import deepsleep  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def _line(file, error):
     """Return the number of the line at which json gave up."""
     if hasattr(error, "lineno"):
@@ -206,6 +221,15 @@ def _check_together(config, problems):
             if tls[key] is None and tls[other] is not None:
                 line = "broker.tls.%s: found null, expected the path of a file, because broker.tls.%s is set"
                 problems.append(line % (key, other))
+    sleep = config["sleep"]
+    if sleep:
+        if not _can_sleep():
+            problems.append("sleep: found an object, expected null, because this machine has no machine.deepsleep()")
+        if sleep["every_s"] <= sleep["awake_s"]:
+            line = "sleep.every_s: found %d, expected more than sleep.awake_s, which is %d"
+            problems.append(line % (sleep["every_s"], sleep["awake_s"]))
+        if config["telemetry"] and config["telemetry"]["qos"] == 0:
+            problems.append("telemetry.qos: found 0, expected 1 or 2, because sleep is set and QoS 0 waits for no link")
     name = config["client_id"]
     if name == "auto":
         if _unique_id() is None:

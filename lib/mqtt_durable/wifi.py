@@ -34,7 +34,10 @@ _REASONS = {
 
 
 class Wifi:
-    """The station interface.  settings: the wifi section of the configuration: ssid, password or None, country."""
+    """The station interface.
+
+    settings: the wifi section of the configuration: ssid, password or None, country, power_save.
+    """
 
     def __init__(self, settings, network=None):
         """network: stands in for the module network.  Touches no hardware yet."""
@@ -68,6 +71,20 @@ class Wifi:
         text = _REASONS.get(reason, "no connection within %d s to" % (2 * _ATTEMPT_MS // 1000))
         raise OSError('Wi-Fi: %s "%s"' % (text, self._settings["ssid"]))
 
+    def down(self):
+        """Switch the radio off, as before a deep sleep; up() switches it on again.  Raises nothing."""
+        wlan = self._wlan
+        if wlan is None:
+            return
+        self._leave()
+        self._wlan = None
+        try:
+            wlan.active(False)
+            if hasattr(wlan, "deinit"):
+                wlan.deinit()  # the Pico W's chip keeps its power otherwise, also while the processor sleeps
+        except (OSError, RuntimeError):
+            pass
+
     def rssi(self):
         """Return the signal strength in dBm, None while not connected."""
         try:
@@ -90,7 +107,8 @@ class Wifi:
             wlan.config(reconnects=0)
         except (ValueError, TypeError):
             # Unknown to the Pico W.  Its power saving costs up to 200 ms a packet and loses some; the ESP32's does not.
-            wlan.config(pm=wlan.PM_NONE)
+            if not self._settings["power_save"]:
+                wlan.config(pm=wlan.PM_NONE)
         self._wlan = wlan
         return wlan
 
