@@ -4,18 +4,25 @@ Owns machine.WDT and the one machine.Timer that feeds it.  Feeding from a timer 
 reasons: a DNS look-up without an answer stands still for up to 14 s, longer than the RP2040 can wait; the board must
 stay alive at the REPL when the program has ended; and it must after a soft reset that runs no main.py (mpremote), which
 ends every timer.  So boot.py calls start(), and from guard() to release() the timer feeds only while the program says
-alive().  Where machine has no WDT or no Timer, all of it does nothing.
+alive().  Where machine has no WDT or no Timer, all of it but sleep() does nothing.
+
+The sleep is here too, because the watchdog of a Pico runs on in it.
 """
 
 import time
 
 _FEED_MS = 1000
 _STALL_MS = 60000
+_STEP_MS = 5000  # of a Pico's sleep, whose watchdog ends at 8 s
+_NUDGE_MS = 10
 
 _wdt = None
 _timer = None
 _seen = None  # ticks_ms of the last alive(); None: feed unconditionally
 _stall_ms = _STALL_MS
+_act = None  # what limit() has to be called
+_act_ticks = 0  # ticks_ms of the beginning of that time
+_act_ms = 0
 
 
 def start(machine=None):
@@ -58,9 +65,55 @@ def alive():
 
 
 def release():
-    """Let the timer feed for good: the program has ended in order."""
-    global _seen
-    _seen = None
+    """Let the timer feed for good: the program has ended in order.  Also ends the time of limit()."""
+    global _seen, _act
+    _seen = _act = None
+
+
+def limit(ms, act):
+    """Have the timer call act() ms from now, whatever the program does then; release() calls that off.
+
+    ms: up to 6 days.  It strikes between two bytecodes, as Ctrl-C does, also in an endless loop; not within a call that
+    does not return, which the watchdog ends.
+    """
+    global _act, _act_ticks, _act_ms
+    _act = act
+    _act_ticks = time.ticks_ms()
+    _act_ms = ms
+
+
+def sleep(ms, machine=None):
+    """Sleep deeply for ms, then start anew: does not return.
+
+    The ESP32's deepsleep() takes its watchdog's power away, too.  The Pico's is a light sleep with a reset behind it:
+    its watchdog runs on, and when it bites an RP2040 with firmware up to 1.28 is locked up until its power is cut
+    (micropython#17228); any interrupt ends it, so our own timer would after a second; and it takes 71 minutes at most.
+    So there it is done in steps, with the watchdog fed in between, until ms have passed.
+    Raises KeyboardInterrupt on a Pico, and what deepsleep() does where there is none; the timer feeds again then.
+    machine: stands in for the module machine.
+    """
+    if machine is None:
+        import machine
+    release()
+    if _timer is not None:
+        _timer.deinit()
+    try:
+        if hasattr(machine, "DEEPSLEEP_RESET"):  # the ESP32: only where it is deep can it be told afterwards
+            machine.deepsleep(ms)
+        while ms > 0:
+            began = time.ticks_ms()
+            if _wdt is not None:
+                _wdt.feed()
+            machine.lightsleep(min(ms, _STEP_MS))
+            if time.ticks_diff(time.ticks_ms(), began) < min(ms, _STEP_MS):
+                # Something wants to be handled before there is any sleep: USB, or the radio's last words.
+                time.sleep_ms(_NUDGE_MS)
+            ms -= time.ticks_diff(time.ticks_ms(), began)
+    except (Exception, KeyboardInterrupt):
+        if _timer is not None:
+            _begin(_timer, machine)
+        raise
+    machine.reset()
 
 
 def _make_timer(machine):
@@ -68,10 +121,19 @@ def _make_timer(machine):
         timer = machine.Timer(-1)
     except ValueError:  # an ESP32 without software timers
         timer = machine.Timer(0)
-    timer.init(period=_FEED_MS, mode=machine.Timer.PERIODIC, callback=_feed)
+    _begin(timer, machine)
     return timer
 
 
+def _begin(timer, machine):
+    timer.init(period=_FEED_MS, mode=machine.Timer.PERIODIC, callback=_feed)
+
+
 def _feed(_):
+    global _act
+    if _act is not None and time.ticks_diff(time.ticks_ms(), _act_ticks) >= _act_ms:
+        act = _act
+        _act = None
+        act()
     if _wdt is not None and (_seen is None or time.ticks_diff(time.ticks_ms(), _seen) < _stall_ms):
         _wdt.feed()
