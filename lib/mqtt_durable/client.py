@@ -138,7 +138,7 @@ class Client:
         self.journal_lost = 1 if note else 0
         self.last_error = JournalLost(note) if note else None  # what ended the last connection or attempt
         self._up_ms = 0
-        self._ticks = time.ticks_ms()
+        self._ticks = self._stepped = time.ticks_ms()
         self.store = Store(
             Journal(device, prog_size, size),
             session["in_flight"],
@@ -197,6 +197,7 @@ class Client:
         """Begin to connect, and to stay connected.  Returns at once; publish() works from here on, connected or not."""
         if self._run_task is None:
             self._leaving = False
+            self._stepped = time.ticks_ms()
             self.messages.ended = False
             self._dispatch_task = asyncio.create_task(self._dispatch())
             self._run_task = asyncio.create_task(self._run())
@@ -354,6 +355,21 @@ class Client:
             self._progress.clear()
             await self._progress.wait()
 
+    @property
+    def idle(self):
+        """True when nothing is going on: connected, the broker has all that is stored, no message is being handled."""
+        store = self.store
+        busy = store.waiting or store.answers or self._inbox or self._handling or self._outbox
+        return self.connected and not busy
+
+    def stalled_ms(self):
+        """Return the time since the client's own tasks took a step, connected or not: for a watchdog.
+
+        A step is taken each second while connected, else at each attempt, of which there is one in 2.5 minutes:
+        the longest pause, Wi-Fi, look-up and CONNECT without an answer.  To be asked once in 6 days.
+        """
+        return time.ticks_diff(time.ticks_ms(), self._stepped)
+
     async def subscribe(self, topic_filter, qos=0):
         """Subscribe, now and after every loss of the session; return the QoS granted, 0-2.
 
@@ -455,6 +471,7 @@ class Client:
 
     async def _run(self):
         while not self._leaving:
+            self._stepped = time.ticks_ms()
             self._down.clear()
             try:
                 await self._connection()
@@ -761,7 +778,7 @@ class Client:
         while True:
             await asyncio.sleep_ms(self._pulse_ms)
             self._attempt = 0  # only a connection that holds ends the growing of the pauses
-            now = time.ticks_ms()
+            self._stepped = now = time.ticks_ms()
             if self._blocked:  # nobody reads, so nothing can be said about the broker; but it is to hear from us
                 self._last_received = now
                 self._ping_at = None
