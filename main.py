@@ -9,6 +9,9 @@ which is started again, after a growing pause, when it raises; client, journal a
 meanwhile, so handlers it has set with client.on() are still set.  Five crashes in a row, each within 60 s of its start,
 a bad configuration, no place for the journal, the end of app.main() and Ctrl-C all lead to the REPL, the client closed
 in order and the watchdog fed; main() there starts again.
+
+With a section "sleep" in the configuration the board is awake only for a moment at a time: see Device.cycle().  Then
+the end of app.main() means that it has published, and a crash too is followed by sleep.
 """
 
 import asyncio
@@ -27,10 +30,23 @@ _LONGEST_PAUSE_MS = 30000
 _SHORT_LIFE_MS = 60000
 _CRASHES = 5
 _RESET_AFTER_S = 30
+_STALLED_MS = 300000  # of the client's tasks, whose longest pause between two steps is two minutes
+_POLL_MS = 50
+_CLOSING_MS = 20000  # close() takes 4 s, a name look-up in the way 14 s
 
 ENDED = "the application has ended"
 CRASHED = "the application crashed %d times in a row, each within %d s" % (_CRASHES, _SHORT_LIFE_MS // 1000)
 RESET = "reset on command"
+SLEEP = "asleep"
+
+# What machine.reset_cause() says.
+_STARTS = (
+    ("PWRON_RESET", "power"),
+    ("HARD_RESET", "reset"),
+    ("WDT_RESET", "watchdog"),
+    ("DEEPSLEEP_RESET", "sleep"),
+    ("SOFT_RESET", "soft reset"),
+)
 
 
 def main(path="config.json", make_client=None):
@@ -39,36 +55,60 @@ def main(path="config.json", make_client=None):
     make_client: called as Client(config, link=...); stands in for it.
     """
     why = None
+    night = None
     try:
         config = configuration.load(path)
-        if make_client is None:
-            from mqtt_durable.client import Client as make_client
         link = None
         if config["wifi"]:
             from mqtt_durable.wifi import Wifi
 
             link = Wifi(config["wifi"])
         watchdog.start()
-        device = Device(config, make_client(config, link=link), link)
-        why = _run(device)
+        if config["sleep"]:
+            night = Night(config["sleep"], link)
+            night.begin_waking()
+        if night and started() == "watchdog":
+            # What stood still then would stand still again, and drain the battery: less often this way.
+            why = "the watchdog has ended the last waking"
+        else:
+            if make_client is None:
+                from mqtt_durable.client import Client as make_client
+            device = Device(config, make_client(config, link=link), link)
+            why = _run(device)
     except ConfigError as error:
         for problem in error.problems:
             print(problem)
         why = "bad configuration"
-    except (MQTTError, ValueError, OSError) as error:
+        night = None
+    except (MQTTError, ValueError) as error:  # no place for the journal: no waking would be any better
+        why = str(error) or repr(error)
+        night = None
+    except OSError as error:
         why = str(error) or repr(error)
     except KeyboardInterrupt:
         why = "Ctrl-C"
+        night = None
     except Exception as error:
         sys.print_exception(error)
         why = "a fault in the program itself"
     finally:
-        watchdog.release()
+        if why is None or not night:
+            watchdog.release()
     print("main.py: %s" % why)
     if why == RESET:
         import machine
 
         machine.reset()
+    if night:
+        try:
+            night.fall()
+        except KeyboardInterrupt:
+            why = "Ctrl-C"
+        except Exception as error:
+            sys.print_exception(error)
+            why = "this board cannot sleep"
+        watchdog.release()
+        print("main.py: %s" % why)
     print("main.py: the board is at the REPL; main() starts again")
     return why
 
@@ -100,6 +140,56 @@ def _run(device):
             asyncio.new_event_loop()  # MicroPython's only loop: forget what tasks the application has left in it
 
 
+def started():
+    """Return what started the board: "power", "reset", "watchdog", "sleep", "soft reset"; None if that is not known.
+
+    A Pico knows only "power" and "restart", which is all of the others.
+    """
+    try:
+        import machine
+
+        cause = machine.reset_cause()
+    except (ImportError, AttributeError):
+        return None
+    for name, text in _STARTS:
+        if cause == getattr(machine, name, None):
+            return text if text == "power" or hasattr(machine, "DEEPSLEEP_RESET") else "restart"
+    return None
+
+
+def least_ms(settings):
+    """Return how long this waking has to last: after a power-on or a reset somebody may want to get in."""
+    return 0 if started() in ("sleep", "restart") else settings["reach_s"] * 1000
+
+
+def most_ms(settings):
+    """Return how long this waking may last, until the client is closed."""
+    return max(settings["awake_s"] * 1000, least_ms(settings))
+
+
+class Night:
+    """The way to sleep.  settings: the section sleep of the configuration; link: Wifi or None."""
+
+    def __init__(self, settings, link):
+        self._settings = settings
+        self._link = link
+        self._began = time.ticks_ms()
+
+    def begin_waking(self):
+        """Make sure that this waking ends: a program that stands still is put to sleep, however it does that."""
+        watchdog.limit(most_ms(self._settings) + _CLOSING_MS, self.fall)
+
+    def fall(self):
+        """Switch the radio off and sleep until the next waking is due; then the board starts anew."""
+        if self._link:
+            self._link.down()
+        # 1 s: a waking that took longer than every_s is not to be followed at once by the next.
+        awake = time.ticks_diff(time.ticks_ms(), self._began)
+        ms = max(self._settings["every_s"] * 1000 - awake, 1000)
+        print("main.py: asleep for %d s" % (ms // 1000))
+        watchdog.sleep(ms)
+
+
 class Device:
     """One run of the device.  config: complete; client: made, not started; link: Wifi or None.
 
@@ -127,6 +217,8 @@ class Device:
                 # Not before: formatting a large journal takes longer than any pause a running program may make.
                 watchdog.guard()
                 print("main.py: client", self.client.client_id)
+                if self.config["sleep"]:
+                    return await self.cycle(self.application)
                 return await self.supervise(self.application)
         finally:
             pulse.cancel()
@@ -148,6 +240,42 @@ class Device:
             if crashes >= _CRASHES:
                 return CRASHED
             await self.sleep_ms(min(_FIRST_PAUSE_MS << (crashes - 1), _LONGEST_PAUSE_MS))
+
+    async def cycle(self, start):
+        """Be awake once; return SLEEP.
+
+        start() measures and publishes; then the broker is to have all of it, and linger_s long nothing must have come
+        from there: commands that waited there come within moments of the connection, and their answers are part of it.
+        After awake_s that is given up: what is unsent waits in the journal.  Nothing that start() does, raise or hang,
+        keeps the board awake longer.
+        """
+        settings = self.config["sleep"]
+        least = least_ms(settings)
+        most = most_ms(settings)
+        linger = settings["linger_s"] * 1000
+        if least:
+            print("main.py: awake for %d s at least; Ctrl-C ends at the REPL" % settings["reach_s"])
+        task = asyncio.create_task(self._work(start))
+        quiet = passed = 0
+        received = self.client.received
+        began = self.ticks_ms()
+        while passed < most and not (task.done() and quiet >= linger and passed >= least):
+            await self.sleep_ms(_POLL_MS)
+            passed = time.ticks_diff(self.ticks_ms(), began)
+            if not self.client.idle or received != self.client.received:
+                received = self.client.received
+                quiet = 0
+            else:
+                quiet += _POLL_MS
+        task.cancel()
+        return SLEEP
+
+    async def _work(self, start):
+        try:
+            await start()
+        except Exception as error:
+            sys.print_exception(error)
+        await self.client.drain()
 
     async def application(self):
         """Run app.main() where there is an app, else what is built in."""
@@ -173,7 +301,9 @@ class Device:
 
     async def _pulse(self):
         while True:
-            watchdog.alive()
+            # The loop turns, and so does the client: connected, or trying to be.
+            if self.client.stalled_ms() < _STALLED_MS:
+                watchdog.alive()
             self.uptime_s()
             await self.sleep_ms(_PULSE_MS)
 
@@ -181,9 +311,9 @@ class Device:
 class Builtin:
     """The telemetry and the commands of a board without an app.py.
 
-    Telemetry is a JSON object: uptime_s, free_bytes, temperature_c where there is a sensor, rssi_dbm while on Wi-Fi,
-    skipped (telemetry the full journal had no room for) and stats, the client's statistics.  The first goes out
-    at once.
+    Telemetry is a JSON object: uptime_s, started (by what, see started()), free_bytes, temperature_c where there is a
+    sensor, rssi_dbm while on Wi-Fi, skipped (telemetry the full journal had no room for) and stats, the client's
+    statistics.  The first goes out at once.
 
     A command is the last level of the topic of a message that matches commands.topic.  The answer goes to
     devices/CLIENT_ID/answers/COMMAND with the QoS of commands:
@@ -192,7 +322,7 @@ class Builtin:
         telemetry  the telemetry object of this moment
         stats      the client's statistics
         reset      {"reset": true}, then the board ends in order and starts again; not in its first 30 s, so that a
-                   command that is delivered twice cannot hold it in a loop
+                   command that is delivered twice cannot hold it in a loop; and not between two sleeps
         another    {"error": "unknown command", "commands": [...]}
 
     A retained message is no command, for it would come again after every start.  Neither is a message on a topic that
@@ -204,6 +334,7 @@ class Builtin:
         self._client = device.client
         self._skipped = 0
         self._reset = False
+        self._sleeps = device.config["sleep"] is not None
         config = device.config
         client_id = device.client.client_id
         self._answers = "devices/%s/answers/" % client_id
@@ -215,7 +346,16 @@ class Builtin:
             self._client.on(self._filter, self.obey)
 
     async def run(self):
-        """Publish telemetry and obey commands until one of them is a reset; return RESET then."""
+        """Publish telemetry and obey commands until one of them is a reset; return RESET then.
+
+        Between two sleeps: publish once, and return when the commands are subscribed to.
+        """
+        if self._sleeps:
+            if self._telemetry:
+                await self._publish(self._topic, self.report(), self._telemetry["qos"])
+            if self._commands:
+                await self._listen()
+            return None
         listening = self._commands and asyncio.create_task(self._listen())
         sleep_ms = self._device.sleep_ms
         wait_s = 0
@@ -247,7 +387,7 @@ class Builtin:
         elif command == "stats":
             answer = self._client.stats()
         elif command == "reset":
-            self._reset = self._device.uptime_s() >= _RESET_AFTER_S
+            self._reset = not self._sleeps and self._device.uptime_s() >= _RESET_AFTER_S
             answer = {"reset": self._reset}
         else:
             answer = {"error": "unknown command", "commands": ["ping", "telemetry", "stats", "reset"]}
@@ -259,7 +399,8 @@ class Builtin:
         report = {"uptime_s": self._device.uptime_s(), "skipped": self._skipped, "stats": self._client.stats()}
         if hasattr(gc, "mem_free"):
             report["free_bytes"] = gc.mem_free()
-        values = {"temperature_c": temperature_c(), "rssi_dbm": self._device.link and self._device.link.rssi()}
+        link = self._device.link
+        values = {"started": started(), "temperature_c": temperature_c(), "rssi_dbm": link and link.rssi()}
         for name, value in values.items():
             if value is not None:
                 report[name] = value

@@ -6,7 +6,10 @@ import os
 import sys
 import time
 
+import machine
 import main
+import network
+from mqtt_durable import watchdog, wifi
 from mqtt_durable.errors import JournalFull, JournalUnavailable, SubscribeRefused
 
 _HERE = __file__.replace("\\", "/").rpartition("/")[0] or "."
@@ -28,14 +31,12 @@ class Clock:
         until = self.passed_ms + ms
         self.sleepers.append(until)
         try:
-            for _ in range(4):
-                await asyncio.sleep(0)
             while self.passed_ms < until:
-                if until == min(self.sleepers):
+                for _ in range(4):  # whoever has just woken up may want to sleep again
+                    await asyncio.sleep(0)
+                if until == min(self.sleepers) and self.passed_ms < until:
                     self.now = time.ticks_add(self.now, until - self.passed_ms)
                     self.passed_ms = until
-                else:
-                    await asyncio.sleep(0)
         finally:
             self.sleepers.remove(until)
 
@@ -63,6 +64,10 @@ class Client:
         self.publish_failures = []
         self.subscribe_failures = []
         self.start_failure = None
+        self.received = 0
+        self.idle = True
+        self.hears = None  # the broker: a coroutine function that ends when it has everything
+        self.stalled = 0
         Client.last = self
 
     async def __aenter__(self):
@@ -87,6 +92,14 @@ class Client:
         self.fail(self.publish_failures)
         self.published.append((topic, payload, qos))
 
+    async def drain(self):
+        self.log.append("drain")
+        if self.hears:
+            await self.hears()
+
+    def stalled_ms(self):
+        return self.stalled
+
     def stats(self):
         return {"published": len(self.published)}
 
@@ -97,8 +110,13 @@ class Client:
 
 
 class Link:
+    downs = 0
+
     def rssi(self):
         return -55
+
+    def down(self):
+        self.downs += 1
 
 
 class App:
@@ -121,7 +139,9 @@ CONFIG = {
     "journal": {"home": "auto", "size_kib": 64, "when_full": "raise"},
     "telemetry": {"topic": "t/{client_id}", "every_s": 60, "qos": 1},
     "commands": {"topic": "c/{client_id}/#", "qos": 2},
+    "sleep": None,
 }
+SLEEP = {"every_s": 600, "awake_s": 30, "linger_s": 1, "reach_s": 10}
 
 
 def configured(**changes):
@@ -450,3 +470,305 @@ def test_a_reset_command_ends_in_a_reset():
     finally:
         main.Device.application = old
     assert Client.last.log == ["start", "close"]
+
+
+# sleep: one waking
+
+
+def waking(cause, *steps, **options):
+    """Be awake once with an app of these steps, without any with what is built in; return (device, its ms, lines)."""
+    machine.use_board(options.pop("board", "esp32"))
+    machine.cause = cause
+    settings = dict(SLEEP)
+    settings.update(options.pop("settings", {}))
+    hears = options.pop("hears", None)
+    made = device(sleep=settings, **options)
+    made.client.clock = made.clock
+    if hears:
+        made.client.hears = hears
+        made.client.idle = False
+    cycle = made.cycle
+    ended = []
+
+    async def timed(start):
+        why = await cycle(start)
+        ended.append(made.clock.passed_ms)
+        return why
+
+    made.cycle = timed
+    try:
+        why, lines = quietly(run, made, App(*steps) if steps else None)
+    finally:
+        machine.use_board("esp32")
+    assert why == main.SLEEP and made.client.log[0] == "start" and made.client.log[-1] == "close"
+    return made, ended[0], lines
+
+
+WOKEN = 4
+POWER = 1
+
+
+async def forever():
+    await asyncio.Event().wait()
+
+
+async def hang(client):
+    await forever()
+
+
+def test_a_waking_ends_when_all_is_said_and_nothing_more_comes():
+    made, ms, lines = waking(WOKEN)
+    assert [sent[0] for sent in made.client.published] == ["t/p7"]
+    assert made.client.log == ["start", "subscribe c/p7/# 2", "drain", "close"]
+    assert 1000 <= ms <= 1200 and lines == ["main.py: client p7"]
+
+
+def test_the_end_of_the_app_is_no_end_but_of_the_waking():
+    made, ms, lines = waking(WOKEN, end)
+    assert made.client.log == ["start", "drain", "close"] and 1000 <= ms <= 1200
+
+
+def test_without_linger_a_waking_ends_with_the_last_acknowledgement():
+    made, ms, lines = waking(WOKEN, end, settings={"linger_s": 0})
+    assert ms <= 100
+
+
+def test_a_hanging_application_is_put_to_sleep():
+    made, ms, lines = waking(WOKEN, hang)
+    assert 30000 <= ms <= 30200 and made.client.log == ["start", "close"]
+
+
+def test_an_application_that_does_not_let_itself_be_cancelled_is_put_to_sleep():
+    async def stubborn(client):
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await client.clock.sleep_ms(3600000)
+
+    made, ms, lines = waking(WOKEN, stubborn)
+    assert 30000 <= ms <= 30200
+
+
+def test_a_crashing_application_is_put_to_sleep_when_what_it_published_is_delivered():
+    made, ms, lines = waking(WOKEN, crash)
+    assert made.client.log == ["start", "drain", "close"] and ms <= 1200
+    assert repr(ValueError("crash of a test")) in lines
+
+
+def test_a_waking_without_a_broker_is_given_up():
+    made, ms, lines = waking(WOKEN, end, hears=forever)
+    assert 30000 <= ms <= 30200 and made.client.log == ["start", "drain", "close"]
+
+
+def test_commands_that_come_prolong_a_waking():
+    async def commanded(client):
+        async def broker():
+            for _ in range(5):
+                await client.clock.sleep_ms(900)
+                client.received += 1
+
+        client.task = asyncio.create_task(broker())
+
+    assert 5500 <= waking(WOKEN, commanded)[1] <= 5700
+
+
+def test_a_message_with_its_handler_prolongs_a_waking():
+    async def handling(client):
+        client.idle = False
+
+        async def handler():
+            await client.clock.sleep_ms(7000)
+            client.idle = True
+
+        client.task = asyncio.create_task(handler())
+
+    assert 7900 <= waking(WOKEN, handling)[1] <= 8100
+
+
+def test_after_a_power_on_there_is_time_to_get_in():
+    made, ms, lines = waking(POWER, end)
+    assert 10000 <= ms <= 10200
+    assert "main.py: awake for 10 s at least; Ctrl-C ends at the REPL" in lines
+    assert 45000 <= waking(POWER, hang, settings={"reach_s": 45})[1] <= 45200
+
+
+def test_a_pico_takes_every_restart_for_a_waking():
+    assert waking(3, end, board="rp2")[1] <= 1200
+    assert waking(POWER, end, board="rp2")[1] >= 10000
+
+
+def test_the_ticks_may_wrap_in_a_waking():
+    assert 30000 <= waking(WOKEN, hang, clock=Clock(time.ticks_add(0, -5000)))[1] <= 30200
+
+
+def test_telemetry_tells_what_started_the_board():
+    for board, cause, text in (
+        ("esp32", 1, "power"),
+        ("esp32", 2, "reset"),
+        ("esp32", 3, "watchdog"),
+        ("esp32", 4, "sleep"),
+        ("esp32", 5, "soft reset"),
+        ("rp2", 1, "power"),
+        ("rp2", 3, "restart"),
+    ):
+        made = waking(cause, board=board)[0]
+        assert json.loads(made.client.published[0][1])["started"] == text
+
+
+def test_between_two_sleeps_a_reset_on_command_is_refused():
+    made = device(sleep=SLEEP)
+
+    async def late(message):
+        await made.application()
+        await made.clock.sleep_ms(31000)
+        await made.client.handlers[0][1](message)
+
+    with_app(None, asyncio.run, late(Message("c/p7/reset")))
+    assert made.client.published[-1] == ("devices/p7/answers/reset", b'{"reset": false}', 2)
+
+
+# sleep: main()
+
+
+def run_to_sleep(config, app=None, make_client=Client, cause=WOKEN):
+    """As run_main(), on a board that can sleep; return (what ended it, its sleeps, lines)."""
+    machine.use_board("esp32")
+    machine.cause = cause
+    lines = []
+    try:
+        try:
+            result, lines = run_main(config, app, make_client)
+        except SystemExit as error:
+            result = error.args[0]
+        return result, list(machine.slept), lines
+    finally:
+        machine.use_board("esp32")
+        watchdog.release()
+
+
+SHORT = {"every_s": 600, "awake_s": 5, "linger_s": 0, "reach_s": 0}
+
+
+def test_main_puts_the_board_to_sleep_until_the_next_waking_is_due():
+    result, slept, _ = run_to_sleep(configured(sleep=SHORT), App(end))
+    assert result == "deepsleep" and Client.last.log == ["start", "drain", "close"]
+    assert len(slept) == 1 and 590000 < slept[0] <= 600000
+
+
+def test_the_radio_is_off_in_the_sleep():
+    network.use_board("esp32")
+    wlan = network.WLAN(network.STA_IF)
+
+    async def online(client):
+        await client.link.up()
+        assert wlan.isconnected()
+
+    pauses = wifi._PAUSE_MS, wifi._POLL_MS
+    wifi._PAUSE_MS = wifi._POLL_MS = 0
+    try:
+        result, slept, _ = run_to_sleep(configured(wifi={"ssid": "net"}, sleep=SHORT), App(online))
+    finally:
+        wifi._PAUSE_MS, wifi._POLL_MS = pauses
+    assert result == "deepsleep" and not wlan.active() and wlan.connects
+
+
+def test_a_crash_is_followed_by_sleep():
+    assert run_to_sleep(configured(sleep=SHORT), App(crash))[0] == "deepsleep"
+
+
+def test_a_flash_that_fails_and_a_fault_of_the_program_are_followed_by_sleep():
+    for failure in (OSError(5), KeyError("x"), MemoryError()):
+
+        def failing(config, link, failure=failure):
+            raise failure
+
+        result, slept, _ = run_to_sleep(configured(sleep=SHORT), None, failing)
+        assert result == "deepsleep" and len(slept) == 1
+
+
+def test_what_no_waking_mends_stays_at_the_repl():
+    def nowhere(config, link):
+        raise JournalUnavailable("no partition mqj")
+
+    async def interrupted(client):
+        raise KeyboardInterrupt
+
+    for config, app, make_client, why in (
+        (configured(sleep={"every_s": "often"}), None, Client, "bad configuration"),
+        (configured(sleep=SHORT, client_id=""), None, Client, "bad configuration"),
+        (configured(sleep=SHORT), None, nowhere, "no partition mqj"),
+        (configured(sleep=SHORT), App(interrupted), Client, "Ctrl-C"),
+    ):
+        result, slept, lines = run_to_sleep(config, app, make_client)
+        assert result == why and slept == [] and "REPL" in lines[-1]
+        assert watchdog._act is None  # nor is it put to sleep later
+
+
+def test_a_program_that_stands_still_is_put_to_sleep_by_the_timer():
+    acts = []
+    limit = watchdog.limit
+    watchdog.limit = lambda ms, act: acts.append((ms, act))
+    try:
+        run_to_sleep(configured(sleep=SHORT), App(end))
+    finally:
+        watchdog.limit = limit
+    ((ms, act),) = acts
+    assert ms == 25000  # awake_s, and what an orderly end takes
+    try:
+        quietly(act)
+    except SystemExit as error:
+        assert error.args[0] == "deepsleep"
+    else:
+        raise AssertionError("stays awake")
+    finally:
+        machine.use_board("esp32")
+
+
+def test_after_a_watchdog_reset_an_esp32_sleeps_first():
+    Client.last = None
+    result, slept, _ = run_to_sleep(configured(sleep=SHORT), App(end), Client, 3)
+    assert result == "deepsleep" and len(slept) == 1 and Client.last is None
+    # Without sleep it begins at once.
+    assert run_to_sleep(CONFIG, App(end), Client, 3)[0] == main.ENDED
+
+
+# the watchdog
+
+
+class Fed:
+    """In the place of the module watchdog: counts alive()."""
+
+    def __init__(self):
+        self.count = 0
+
+    def guard(self):
+        pass
+
+    def alive(self):
+        self.count += 1
+
+
+def test_the_watchdog_is_fed_while_the_client_takes_steps_whether_connected_or_not():
+    made = device()
+    fed = Fed()
+
+    async def body():
+        pulse = asyncio.create_task(made._pulse())
+        made.client.idle = False  # not connected
+        made.client.stalled = 299999
+        await made.clock.sleep_ms(10500)
+        counts = [fed.count]
+        made.client.stalled = 300000
+        await made.clock.sleep_ms(60000)
+        counts.append(fed.count)
+        made.client.stalled = 0
+        await made.clock.sleep_ms(10000)
+        counts.append(fed.count)
+        pulse.cancel()
+        return counts
+
+    main.watchdog = fed
+    try:
+        assert asyncio.run(body()) == [11, 11, 21]
+    finally:
+        main.watchdog = watchdog
