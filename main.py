@@ -37,7 +37,7 @@ _CLOSING_MS = 20000  # close() takes 4 s, a name look-up in the way 14 s
 ENDED = "the application has ended"
 CRASHED = "the application crashed %d times in a row, each within %d s" % (_CRASHES, _SHORT_LIFE_MS // 1000)
 RESET = "reset on command"
-SLEEP = "asleep"
+SLEEP = "the waking is over"
 
 # What machine.reset_cause() says.
 _STARTS = (

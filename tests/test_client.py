@@ -2194,3 +2194,96 @@ def test_flash_that_fails_while_the_unsettled_are_recorded_loses_none():
             assert client.stats()["lost"] == 0 and client.stats()["waiting"] == 0
 
         play(scenario, [(2, "PUBLISH", 0, "ignored")], grace_ms=20)
+
+
+# For a watchdog and for a board that sleeps.
+
+
+class Ticks:
+    """In the place of the client's module time: stands still unless moved."""
+
+    def __init__(self):
+        self.now = time.ticks_add(0, -100000)
+        self.ticks_diff = time.ticks_diff
+
+    def ticks_ms(self):
+        return self.now
+
+    def pass_ms(self, ms):
+        self.now = time.ticks_add(self.now, ms)
+
+
+class Unreachable:
+    """A network that does not come up: each attempt takes 26 s and fails, until it hangs."""
+
+    def __init__(self, ticks):
+        self.ticks = ticks
+        self.attempts = 0
+        self.hangs = False
+
+    async def up(self):
+        self.attempts += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+        self.ticks.pass_ms(26000)
+        raise OSError(110)
+
+
+def test_a_client_without_a_network_takes_steps_and_one_that_hangs_does_not():
+    ticks = client_module.time = Ticks()
+    try:
+        link = Unreachable(ticks)
+
+        async def scenario(rig):
+            seen = []
+            for _ in range(20):
+                attempts = link.attempts
+                await until(lambda attempts=attempts: link.attempts > attempts)
+                seen.append(rig.client.stalled_ms())
+            assert max(seen) <= 52000 and not rig.client.idle
+            attempts = link.attempts
+            link.hangs = True
+            await until(lambda: link.attempts > attempts)
+            ticks.pass_ms(400000)
+            await turns()
+            assert rig.client.stalled_ms() >= 400000
+
+        play(scenario, link=link)
+    finally:
+        client_module.time = time
+
+
+def test_a_client_that_is_connected_takes_steps_without_any_traffic():
+    async def scenario(rig):
+        await rig.up()
+        client = rig.client
+        before = client._stepped
+        await until(lambda: client._stepped != before)
+        assert client.idle and client.stalled_ms() < 60000
+
+    play(scenario, keep_alive_s=1)
+
+
+def test_a_client_is_idle_when_all_is_acknowledged_and_handled():
+    async def scenario(rig):
+        client = rig.client
+        assert not client.idle  # not connected
+        gate = asyncio.Event()
+
+        async def handler(message):
+            await gate.wait()
+
+        client.on("in", handler)
+        await rig.up()
+        await until(lambda: client.idle)
+        await client.publish("out", b"1", qos=1)
+        assert not client.idle
+        await client.drain()
+        await until(lambda: client.idle)
+        await rig.broker.send(publish("in", b"x", 1, 7))
+        await until(lambda: client._handling)
+        assert not client.idle
+        gate.set()
+        await until(lambda: client.idle)
+
+    play(scenario)

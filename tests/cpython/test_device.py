@@ -227,3 +227,106 @@ def test_flash_full_of_rubbish_does_not_stop_it(tmp_path):
         client.disconnect()
         client.loop_stop()
         assert report["stats"]["stored"] == 0
+
+
+# What follows sleeps: the shim's deepsleep() ends the process, and the test starts it again as the board would.
+
+# One numbered reading a waking.
+READING = """
+async def main(client, config):
+    client.on("in", lambda message: print("app: got", message.payload.decode()))
+    n = (client.mark or 0) + 1
+    await client.publish("out", str(n), qos=2, mark=n)
+    print("app: published", n)
+    if n == 1:
+        await client.subscribe("in", 2)
+"""
+
+WOKEN = "4"  # machine.DEEPSLEEP_RESET
+
+
+def _wake(directory, config, cause=WOKEN):
+    """Let the board be awake once; return its console."""
+    board = _board(directory, config, MQTT_DURABLE_RESET_CAUSE=cause)
+    try:
+        lines = board.communicate(timeout=PATIENCE_S)[0].splitlines()
+    finally:
+        board.kill()
+    assert not [line for line in lines if "Traceback" in line], lines
+    return lines
+
+
+def _slept(lines):
+    return lines[-1] == "deepsleep"  # SystemExit's argument
+
+
+def _sleeping(port, **sleep):
+    return dict(_config(port), sleep=dict({"every_s": 600, "awake_s": 20, "reach_s": 0}, **sleep))
+
+
+def test_readings_of_a_board_that_sleeps_arrive_once_in_order_also_from_wakings_without_a_broker(tmp_path):
+    (tmp_path / "app.py").write_text(READING)
+    with Mosquitto() as broker:
+        client, arrived = _listen(broker.port, "out", clean=False)
+        config = _sleeping(broker.port)
+        away = _sleeping(broker.port, awake_s=5)
+        published = 0
+        running = True
+        try:
+            for up in (True, False, True, False, False, True, True):
+                if up and not running:
+                    broker.start()
+                elif running and not up:
+                    broker.stop()
+                running = up
+                lines = _wake(tmp_path, config if up else away)
+                published += 1
+                assert "app: published %d" % published in lines and _slept(lines), lines
+            got = [arrived.get(timeout=PATIENCE_S)[1].decode() for _ in range(published)]
+            assert got == [str(n) for n in range(1, published + 1)]
+            assert arrived.empty()
+        finally:
+            client.disconnect()
+            client.loop_stop()
+
+
+def test_a_board_that_sleeps_gets_what_was_sent_to_it_meanwhile(tmp_path):
+    (tmp_path / "app.py").write_text(READING)
+    with Mosquitto() as broker:
+        client, _ = _listen(broker.port, "out")
+        try:
+            config = _sleeping(broker.port)
+            assert _slept(_wake(tmp_path, config))
+            for text in (b"first", b"second"):
+                client.publish("in", text, 2).wait_for_publish(PATIENCE_S)
+            lines = _wake(tmp_path, config)
+            assert [line for line in lines if "got" in line] == ["app: got first", "app: got second"] and _slept(lines)
+            lines = _wake(tmp_path, config)
+            assert not [line for line in lines if "got" in line] and _slept(lines)
+        finally:
+            client.disconnect()
+            client.loop_stop()
+
+
+def test_out_of_the_box_a_board_that_sleeps_sends_telemetry_and_answers_what_was_asked_meanwhile(tmp_path):
+    with Mosquitto() as broker:
+        client, arrived = _listen(broker.port, "devices/mast7/#")
+        try:
+            config = _sleeping(broker.port)
+            assert _slept(_wake(tmp_path, config))
+            assert json.loads(arrived.get(timeout=PATIENCE_S)[1])["started"] == "sleep"
+            client.publish("devices/mast7/commands/ping", b"asleep?", 2).wait_for_publish(PATIENCE_S)
+            assert _slept(_wake(tmp_path, config))
+            topics = [arrived.get(timeout=PATIENCE_S) for _ in range(3)]
+            assert ("devices/mast7/answers/ping", b"asleep?") in topics
+            assert [topic for topic, _ in topics].count("devices/mast7/telemetry") == 1  # and the command itself
+        finally:
+            client.disconnect()
+            client.loop_stop()
+
+
+def test_a_board_that_sleeps_stays_at_the_repl_with_a_bad_configuration(tmp_path):
+    config = _sleeping(1883, awake_s=600)
+    lines = _wake(tmp_path, config)
+    assert "sleep.every_s: found 600, expected more than sleep.awake_s, which is 600" in lines
+    assert lines[-1] == "main.py: the board is at the REPL; main() starts again"
