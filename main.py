@@ -66,7 +66,6 @@ def main(path="config.json", make_client=None):
         watchdog.start()
         if config["sleep"]:
             night = Night(config["sleep"], link)
-            night.begin_waking()
         if night and started() == "watchdog":
             # What stood still then would stand still again, and drain the battery: less often this way.
             why = "the watchdog has ended the last waking"
@@ -74,6 +73,8 @@ def main(path="config.json", make_client=None):
             if make_client is None:
                 from mqtt_durable.client import Client as make_client
             device = Device(config, make_client(config, link=link), link)
+            if night:
+                night.begin_waking()  # not before: formatting a large journal may take longer
             why = _run(device)
     except ConfigError as error:
         for problem in error.problems:

@@ -309,3 +309,18 @@ def test_a_board_that_cannot_sleep_says_so_with_the_watchdog_fed():
         assert fed()
 
     fresh(test)
+
+
+def test_what_stands_still_acts_before_the_watchdog_bites():
+    def test(ticks):
+        watchdog.start()
+        watchdog.guard(5000)
+        acts = []
+        watchdog.limit(3600000, lambda: acts.append(ticks.now))
+        ticks.now = 4999
+        assert fed() and acts == []
+        ticks.now = 5000
+        watchdog._timer.fire()
+        assert acts == [5000]
+
+    fresh(test)

@@ -73,6 +73,7 @@ def release():
 def limit(ms, act):
     """Have the timer call act() ms from now, whatever the program does then; release() calls that off.
 
+    It also does when there was no alive() for as long as guard() says, in place of having the board reset.
     ms: up to 6 days.  It strikes between two bytecodes, as Ctrl-C does, also in an endless loop; not within a call that
     does not return, which the watchdog ends.
     """
@@ -131,9 +132,10 @@ def _begin(timer, machine):
 
 def _feed(_):
     global _act
-    if _act is not None and time.ticks_diff(time.ticks_ms(), _act_ticks) >= _act_ms:
+    alive = _seen is None or time.ticks_diff(time.ticks_ms(), _seen) < _stall_ms
+    if _act is not None and (not alive or time.ticks_diff(time.ticks_ms(), _act_ticks) >= _act_ms):
         act = _act
         _act = None
         act()
-    if _wdt is not None and (_seen is None or time.ticks_diff(time.ticks_ms(), _seen) < _stall_ms):
+    if _wdt is not None and alive:
         _wdt.feed()
