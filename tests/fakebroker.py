@@ -47,8 +47,11 @@ async def turns(n=50):
 def packet(first, body):
     """Bytes of a packet: first byte, body."""
     n = len(body)
-    length = bytes((n,)) if n < 128 else bytes((n & 127 | 128, n >> 7))
-    return bytes((first,)) + length + body
+    length = b""
+    while n > 127:
+        length += bytes((n & 127 | 128,))
+        n >>= 7
+    return bytes((first,)) + length + bytes((n,)) + body
 
 
 def ack(name, packet_id):
@@ -231,16 +234,14 @@ class FakeBroker:
                     break
                 data += some
                 while len(data) > 1:
-                    length = data[1] & 127
-                    head = 2
-                    if data[1] > 127:
-                        if len(data) < 3:
+                    length = 0
+                    head = 1
+                    while head < len(data):
+                        length |= (data[head] & 127) << 7 * (head - 1)
+                        head += 1
+                        if data[head - 1] < 128:
                             break
-                        length |= data[2] << 7
-                        head = 3
-                        if data[2] > 127:
-                            raise AssertionError("a packet of more than 16383 bytes")
-                    if len(data) < head + length:
+                    if data[head - 1] > 127 or len(data) < head + length:
                         break
                     came = Packet(number, data[0], data[head : head + length])
                     data = data[head + length :]
