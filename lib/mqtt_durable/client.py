@@ -64,12 +64,15 @@ class Message:
 
     .topic (str), .payload (bytes), .qos, .retain, .dup.  .token: at QoS 2 a number, else None.  If power fails after
     the handler took effect but before that was recorded, or close() cuts the handler short, the same message comes
-    again with the same token.
+    again with the same token.  .path, .size, .error: see Client.on_file().
     """
+
+    path = size = error = None
+    _sink = None  # the files.Sink that has its payload
 
     def __init__(self, decoder):
         self.topic = decoder.topic
-        # None: too large, only to be acknowledged in its turn.
+        # None, and no sink: too large, only to be acknowledged in its turn.
         self.payload = None if decoder.payload is None else bytes(decoder.payload)
         self.qos = decoder.qos
         self.retain = bool(decoder.flags & 1)
@@ -177,6 +180,7 @@ class Client:
         self._blocked = False  # the reader waits for room in the inbox
         self._passed_over = False  # it did so in vain: see _has_room()
         self._handlers = []
+        self._files = None  # a files.Files, once the program wants one
         self._wanted = {}  # topic filter -> QoS, of every subscription the program has asked for
         self._requests = []
         self._waiters = {}  # packet identifier -> _Waiter
@@ -226,6 +230,8 @@ class Client:
             self._inbox = deque((), _INBOX)
             self._inbox_bytes = 0
             self.store.session.busy.clear()
+            if self._files:
+                self._files.clear()
             try:
                 self.store.close()
             except (MQTTError, OSError) as e:
@@ -411,6 +417,41 @@ class Client:
         else:
             self._handlers.append((text, handler))
         self._arrived.set()
+
+    def on_file(self, topic_filter, path, handler, limit_bytes):
+        """As on(), but the payload of a message goes into the file path, as it comes, and need not fit the heap.
+
+        message.payload is None, message.size its bytes.  message.path: path, which holds the whole payload and is the
+        handler's until it has returned; the next message for path then takes its place.  One such message at most waits
+        for its turn, in path + ".part"; for the third there is no room, as for one in RAM when 16 wait: at QoS 1 and 2
+        the broker keeps it, at QoS 0 it is discarded and counted.  message.error: None, or the OSError of the file;
+        message.path is None then.  The handler decides what to do: as always the message is acknowledged when it has
+        returned.  limit_bytes: a larger payload is acknowledged, counted in too_large and not delivered.
+        Raises ValueError.
+        """
+        from .files import Sink
+
+        self.on(topic_filter, Sink(self._with_files(), path, handler, limit_bytes))
+
+    async def publish_file(self, topic, path, qos=1, retain=False):
+        """Publish what is in the file path, which need not fit the heap or the journal, and must not change meanwhile.
+
+        At QoS 1 it returns True when the broker has acknowledged, however long there is no connection: the file is the
+        store.  After a reset the program has to call this again, and the broker may get it twice.  At QoS 0 it returns
+        True when the file has been sent, False if there is no connection, or it is lost.  One file is sent at a time;
+        it is sent in one piece, and other packets wait until it is out.  If this is cancelled in the middle of that,
+        the connection is made anew.
+        Raises ValueError for a bad argument, QoS 2 or a file of 256 MiB; OSError if the file cannot be read; JournalFull if
+        512 subscriptions wait for the broker.
+        """
+        return await self._with_files().publish(topic, path, qos, retain)
+
+    def _with_files(self):
+        if self._files is None:
+            from .files import Files
+
+            self._files = Files(self)
+        return self._files
 
     def stats(self):
         """Counters since the start of the program, and what is stored now: a flat dict of numbers and one text.
@@ -599,6 +640,8 @@ class Client:
                 await _end(tasks)
             finally:
                 store.disconnected()
+                if self._files:
+                    self._files.disconnected()
                 self._settle_now()
                 for data in self._outbox:
                     if data[0] >> 4 == PUBLISH:
@@ -644,11 +687,13 @@ class Client:
             raise ProtocolError("session present after a clean CONNECT")
 
     async def _receive(self, stream):
+        self._wake.set()
         n = await stream.readinto(self._decoder.space())
         if n == 0:
             raise OSError(errno.ECONNRESET, "the broker closed the connection")
         if n:
             self._decoder.fed(n)
+        self._last_received = time.ticks_ms()
 
     async def _read(self):
         stream = self._stream
@@ -657,9 +702,7 @@ class Client:
         while True:
             kind = decoder.next()
             if not kind:
-                self._wake.set()
                 await self._receive(stream)
-                self._last_received = time.ticks_ms()
                 continue
             while not store.can_answer:
                 await self._room()
@@ -671,7 +714,7 @@ class Client:
                 self._ping_at = None
             elif kind == CONNACK:
                 raise ProtocolError("a second CONNACK")
-            else:
+            elif not self._files or not self._files.on_ack(kind, decoder.packet_id):
                 store.on_ack(kind, decoder.packet_id)
 
     async def _room(self):
@@ -687,15 +730,18 @@ class Client:
         packet_id = decoder.packet_id
         if qos and not store.on_publish(qos, packet_id):
             return
-        if decoder.payload is None:
+        sink = self._files and self._files.sink()
+        if decoder.payload is None and not sink:
             self.too_large += 1
             if not qos:
                 return
         taken = False
         try:
-            if await self._has_room(qos):
+            if await self._has_room(qos, sink):
                 message = Message(decoder)
                 message._epoch = self._epoch
+                if sink:
+                    await sink.receive(message)
                 self._inbox.append(message)
                 self._inbox_bytes += len(message.payload or b"")
                 self._arrived.set()
@@ -704,15 +750,15 @@ class Client:
             if qos and not taken:
                 store.session.busy.discard(packet_id)  # it has to come again
 
-    async def _has_room(self, qos):
-        """Wait until the inbox has room for a message of this QoS; False if it cannot be taken.
+    async def _has_room(self, qos, sink):
+        """Wait until the inbox, and the sink, has room for a message of this QoS; False if it cannot be taken.
 
         QoS 0 is discarded at once.  For the others reading stops, and so does the broker.  But a handler that itself
         waits for the broker would then wait for ever: after answer_ms without a step of the dispatcher the message is
         passed over, with all that come after it.  The broker has them still, and sends them again, in order, over a
         new connection, which is made when the inbox is empty.
         """
-        while len(self._inbox) >= _INBOX or self._inbox_bytes >= _INBOX_BYTES:
+        while len(self._inbox) >= _INBOX or self._inbox_bytes >= _INBOX_BYTES or (sink and sink.taken):
             if not qos:
                 self.discarded += 1
                 return False
@@ -743,6 +789,9 @@ class Client:
             large = False
             turn = not turn
             if turn and not store.rest:  # every other turn only: neither kind can keep the other waiting for ever
+                if self._files and self._files.due:
+                    large = True
+                    await self._files.upload.send()
                 while outbox and off + len(outbox[0]) <= len(buf):
                     data = outbox.pop(0)
                     buf[off : off + len(data)] = data
@@ -758,7 +807,7 @@ class Client:
             if off or large:
                 self._last_sent = time.ticks_ms()
                 self._sent.set()
-            elif outbox:
+            elif outbox or (self._files and self._files.due):
                 continue
             if self._leaving:
                 if not store.rest and not store.answers and not outbox:
@@ -787,7 +836,7 @@ class Client:
                 if time.ticks_diff(now, self._ping_at) > self._answer_ms and silent_ms > self._answer_ms:
                     raise OSError(errno.ETIMEDOUT, "the broker no longer answers")
             elif (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4) or (
-                store.waiting and silent_ms > self._answer_ms
+                (store.waiting or (self._files and self._files.upload)) and silent_ms > self._answer_ms
             ):
                 # The second case: a link that swallows everything is noticed long before the keep-alive is over.
                 self._ping_at = now
@@ -848,6 +897,8 @@ class Client:
     def _renew_requests(self):
         """A connection begins: ask for all that the broker has not acknowledged, or has forgotten."""
         self.store.session.requests.clear()
+        if self._files:
+            self._files.connected()
         asked = [request.filter for request in self._requests]
         for topic_filter, qos in self._wanted.items():
             if topic_filter not in asked and self.store.granted(topic_filter, qos) is None:
@@ -913,7 +964,7 @@ class Client:
             self._handling = message = inbox.popleft()
             self._inbox_bytes -= len(message.payload or b"")
             self._accepted.set()
-            if message.payload is not None:
+            if message.payload is not None or message._sink:
                 self.received += 1
                 if message.qos == 2:
                     message.token = store.token(message._packet_id)
@@ -937,8 +988,8 @@ class Client:
     async def _deliver(self, message):
         while True:
             for topic_filter, handler in self._handlers:
-                if matches(topic_filter, message.topic):
-                    result = handler(message)
+                if message._sink or matches(topic_filter, message.topic):
+                    result = (message._sink or handler)(message)
                     if hasattr(result, "send"):  # a coroutine
                         await result
                     return

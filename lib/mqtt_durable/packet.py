@@ -222,9 +222,9 @@ class Decoder:
     the packet lacks at least: who reads no more than that leaves the next packet in the socket.
 
     size: bytes of the buffer, at least 8.  limit: the largest packet taken whole, in bytes; the buffer grows to such
-    a packet and shrinks again.  A larger PUBLISH is announced with .payload None and its bytes are passed over as
-    they come, so that it can be acknowledged and does not come back for ever; any other larger packet is a
-    ProtocolError.
+    a packet and shrinks again.  A larger PUBLISH is announced with .payload None and .left bytes of payload to come:
+    piece() takes them, next() passes them over, so that it can be acknowledged and does not come back for ever; any
+    other larger packet is a ProtocolError.
     """
 
     def __init__(self, size=512, limit=4096):
@@ -235,7 +235,8 @@ class Decoder:
     def reset(self):
         """Forget all bytes: a new connection begins."""
         self._buf = memoryview(bytearray(self._size))
-        self._start = self._end = self._skip = 0
+        self._start = self._end = 0
+        self.left = 0
         self.missing = 2
         self.type = 0  # packet type, 2-13
         self.flags = 0  # low nibble of the first byte
@@ -267,21 +268,26 @@ class Decoder:
         """n bytes have been read into space()."""
         self._end += n
 
+    def piece(self):
+        """Take what is here of the payload of a PUBLISH announced with .payload None; .left says what is to come."""
+        at = self._start
+        self._start = stop = min(at + self.left, self._end)
+        self.left -= stop - at
+        return self._buf[at:stop]
+
     def next(self):
         """Return the type of the next whole packet, or 0 when more bytes are needed.
 
         Raises ProtocolError for what no MQTT 3.1.1 server may send; the connection is then of no more use.
         """
         buf = self._buf
+        if self.left:
+            self.piece()
+            if self.left:
+                self.missing = self.left
+                return 0
         at = self._start
         end = self._end
-        if self._skip:
-            n = min(self._skip, end - at)
-            self._skip -= n
-            self._start = at = at + n
-            if self._skip:
-                self.missing = self._skip
-                return 0
         if end - at < 2:
             self.missing = 2 - (end - at)
             return 0
@@ -316,7 +322,7 @@ class Decoder:
         if total > self._limit:
             if kind != PUBLISH:
                 raise ProtocolError("packet of %d bytes" % total)
-            return self._oversize(first, i, length, total)
+            return self._oversize(first, i, length)
         if end - at < total:
             self.missing = total - (end - at)
             if total > len(buf):
@@ -381,8 +387,8 @@ class Decoder:
             i += 2
         return i
 
-    def _oversize(self, first, i, length, total):
-        """A PUBLISH over the limit: announce it as soon as its head is here, pass over the rest."""
+    def _oversize(self, first, i, length):
+        """A PUBLISH over the limit: announce it as soon as its head is here."""
         self.flags = first & 15
         self.missing = 2 - (self._end - i)
         if self.missing > 0:
@@ -393,10 +399,9 @@ class Decoder:
         self.missing = min(head, length) - (self._end - i)
         if self.missing > 0:
             return 0
-        self._publish_head(i, i + length)
+        stop = i + length
+        self._start = i = self._publish_head(i, stop)
+        self.left = stop - i
         self.type = PUBLISH
         self.payload = None
-        n = min(total, self._end - self._start)
-        self._start += n
-        self._skip = total - n
         return PUBLISH
