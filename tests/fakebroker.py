@@ -128,7 +128,11 @@ class Packet:
         if self.packet_id:
             text += " %d" % self.packet_id
         if self.name == "PUBLISH":
-            text += " %s%s" % ("dup " if self.dup else "", self.payload.decode())
+            try:
+                payload = self.payload.decode()
+            except UnicodeError:
+                payload = "%d bytes" % len(self.payload)
+            text += " %s%s" % ("dup " if self.dup else "", payload)
         elif self.name in ("SUBSCRIBE", "UNSUBSCRIBE"):
             text += " " + self.filter
         return text

@@ -441,8 +441,8 @@ class Client:
         True when the file has been sent, False if there is no connection, or it is lost.  One file is sent at a time;
         it is sent in one piece, and other packets wait until it is out.  If this is cancelled in the middle of that,
         the connection is made anew.
-        Raises ValueError for a bad argument, QoS 2 or a file of 256 MiB; OSError if the file cannot be read; JournalFull if
-        512 subscriptions wait for the broker.
+        Raises ValueError for a bad argument, QoS 2 or a file of 256 MiB; OSError if the file cannot be read or shrinks;
+        JournalFull if 512 subscriptions wait for the broker.
         """
         return await self._with_files().publish(topic, path, qos, retain)
 
