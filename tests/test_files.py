@@ -508,6 +508,52 @@ def test_file_at_qos_1_is_sent_again_with_dup_and_its_identifier_when_the_link_i
         run(scenario, [(1, "PUBLISH", 1, what), (2, "PUBLISH", 1, what)])
 
 
+def test_file_at_qos_1_waits_for_what_was_sent_before_and_what_comes_behind_waits_for_it():
+    """[MQTT-4.6.0-1]"""
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        _write(b"file")
+        await client.publish("t", b"a", qos=1)
+        await client.publish("t", b"b", qos=2)
+        await rig.broker.expect("PUBLISH 2 b")
+        sending = asyncio.create_task(client.publish_file("out", _PATH))
+        await turns()
+        await client.publish("t", b"c", qos=1)
+        await client.publish("t", b"0", qos=0)
+        await rig.broker.send(ack("PUBACK", 1))
+        await rig.broker.expect("PUBLISH 0")
+        assert rig.broker.trace() == ["CONNECT", "PUBLISH 1 a", "PUBLISH 2 b", "PUBLISH 0"]
+        await rig.broker.send(ack("PUBREC", 2))
+        await rig.broker.expect("PUBLISH 3 c")
+        assert rig.broker.trace()[4:] == ["PUBREL 2", "PUBLISH 65024 file", "PUBLISH 3 c"]
+        await rig.broker.drop()
+        assert await sending is True
+        assert await client.drain(20)
+        assert rig.broker.trace(2) == ["CONNECT", "PUBLISH 65024 dup file", "PUBLISH 3 dup c"]
+
+    run(scenario, [(1, "PUBLISH", 0, "silent")])
+
+
+def test_file_behind_messages_that_are_sent_again_waits_for_them_on_the_next_connection():
+    """[MQTT-4.6.0-1]"""
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        _write(b"file")
+        for n in range(1, 4):
+            await client.publish("t", b"%d" % n, qos=1)
+        await rig.broker.expect("PUBLISH 3 3")
+        sending = asyncio.create_task(client.publish_file("out", _PATH))
+        await turns()
+        await rig.broker.drop()
+        assert await sending is True
+        again = ["PUBLISH %d dup %d" % (n, n) for n in (1, 2, 3)]
+        assert rig.broker.trace(2) == ["CONNECT"] + again + ["PUBLISH 65024 file"]
+
+    run(scenario, [(1, "PUBLISH", 0, "silent")])
+
+
 def test_file_at_qos_1_goes_as_new_to_a_broker_that_has_lost_the_session():
     async def scenario(rig):
         await rig.up()

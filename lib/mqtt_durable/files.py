@@ -54,8 +54,17 @@ class Files:
 
     @property
     def due(self):
-        """Whether the writer is to call send()."""
-        return self.upload is not None and self.upload.due and not self._client._leaving
+        """Whether the writer is to send .upload now.
+
+        At QoS 1 it is when the broker has acknowledged all that was sent before: what is sent again after the link was
+        lost then keeps its order [MQTT-4.6.0-1], the file first.
+        """
+        upload = self.upload
+        if upload is None or not upload.due or self._client._leaving:
+            return False
+        store = self._client.store
+        store.hold = upload.packet_id and not upload.begun
+        return not store.hold or store.in_flight <= 0
 
     async def publish(self, topic, path, qos, retain):
         """See Client.publish_file()."""
@@ -76,6 +85,8 @@ class Files:
                 await upload.ended.wait()
             finally:
                 self.upload = None
+                client.store.hold = False
+                client._wake.set()
                 if upload.ended.is_set() or not (upload.half or upload.sent):
                     session.requests.discard(upload.packet_id)
                 elif upload.half:  # cancelled in the middle of the packet
@@ -201,7 +212,7 @@ class Upload:
         self._topic = check_topic(topic)
         self._path = path
         self._first = 0x30 | qos << 1 | (1 if retain else 0)
-        self._begun = False
+        self.begun = False  # perhaps the broker has it
         self.packet_id = 0
         self.half = self.sent = self.delivered = False
         self.due = True
@@ -228,6 +239,7 @@ class Upload:
         stream = client._stream
         buf = client._send
         self.due = False
+        client.store.hold = False
         try:
             left = self._size()
             file = open(self._path, "rb")
@@ -236,9 +248,9 @@ class Upload:
             return
         try:
             first = self._first
-            if self.packet_id and self._begun and client.session_present:
+            if self.packet_id and self.begun and client.session_present:
                 first |= 8
-            self._begun = self.half = True
+            self.begun = self.half = True
             head = bytearray(len(self._topic) + 9)
             if self.packet_id:
                 off = put_publish_head(head, 0, first, self._topic, self.packet_id, left)

@@ -454,6 +454,11 @@ class Store(Recall):
             self.rest -= n
         return off + n
 
+    @property
+    def in_flight(self):
+        """How many messages that have been sent wait for their end."""
+        return len(self.session.out) - self.session.ahead(self._taken, self._sent_to)
+
     def _next(self):
         """The next message to send on this connection, 0 if the window is full or nothing waits."""
         session = self.session
@@ -470,7 +475,7 @@ class Store(Recall):
             return self._resend.pop() if room > 0 else 0
         self._again = 0
         self._dup = False
-        if room <= 0:
+        if room <= 0 or self.hold:
             return 0
         if direct != self._sent_to:
             self._sent_to = direct
@@ -584,6 +589,7 @@ class Store(Recall):
         self.rest = 0  # bytes of a PUBLISH still to come
         self.answers = 0  # bytes of _answers
         self.online = False
+        self.hold = False  # no message but those that have been sent before is to be sent now
         self._consider()
 
     # -- inbound
