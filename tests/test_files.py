@@ -7,6 +7,7 @@ import sys
 import mqtt_durable.files as files_module
 from fakebroker import ack, publish, turns, until
 from mqtt_durable.errors import JournalFull, ProtocolError
+from skip import SkipTest
 from test_client import play, raised
 
 _PATH = "test_files.%s.tmp" % sys.implementation.name  # both interpreters may run at once
@@ -261,6 +262,56 @@ def test_disk_that_is_full_is_told_to_the_handler_and_the_message_is_acknowledge
                 assert taker.contents[1] == b"y" * _LARGE and rig.broker.connections == 1
 
             run(scenario)
+
+
+class _Ram:
+    """A block device for a file system."""
+
+    def __init__(self, blocks):
+        self.data = memoryview(bytearray(512 * blocks))
+
+    def readblocks(self, n, buf, off=0):
+        at = n * 512 + off
+        buf[:] = self.data[at : at + len(buf)]
+
+    def writeblocks(self, n, buf, off=0):
+        at = n * 512 + off
+        self.data[at : at + len(buf)] = buf
+
+    def ioctl(self, op, arg):
+        return {4: len(self.data) // 512, 5: 512}.get(op, 0)
+
+
+def test_on_the_boards_file_systems_a_payload_replaces_the_one_before_and_a_full_disk_is_freed_again():
+    import vfs
+
+    if sys.implementation.name != "micropython":
+        raise SkipTest("needs MicroPython's file systems")
+    for kind in (vfs.VfsLfs2, vfs.VfsFat):
+
+        async def scenario(rig):
+            got = []
+
+            def handle(message):
+                got.append(message.error.errno if message.error else _read(message.path))
+
+            rig.client.on_file("t", "/ram/f", handle, 1000000)
+            await rig.up()
+            for n, size in enumerate((5000, _LARGE, 50000, _LARGE)):
+                await rig.broker.publish("t", b"%d" % n * size, 1, n + 1)
+                await rig.broker.expect("PUBACK %d" % (n + 1))
+            assert got == [b"0" * 5000, b"1" * _LARGE, 28, b"3" * _LARGE]
+            assert os.listdir("/ram") == ["f"] and _read("/ram/f") == b"3" * _LARGE
+            assert await rig.client.publish_file("out", "/ram/f")
+            assert rig.broker.delivered == [("out", b"3" * _LARGE, 1)]
+
+        device = _Ram(120)
+        kind.mkfs(device)
+        vfs.mount(kind(device), "/ram")
+        try:
+            run(scenario)
+        finally:
+            vfs.umount("/ram")
 
 
 def test_file_that_cannot_be_made_is_told_to_the_handler():
@@ -619,6 +670,70 @@ def test_link_lost_in_the_middle_of_a_file_at_qos_0_discards_it():
         await rig.up(2)
         assert await client.publish_file("out", _PATH, qos=0) is True
         await until(lambda: rig.broker.delivered)
+
+    run(scenario)
+
+
+class Dribbling:
+    """Has a client's stream take a while for each piece."""
+
+    def __init__(self, client, ms):
+        self.drains = 0
+        self._ms = ms
+        self._drain = client._stream.drain
+        client._stream.drain = self.drain
+
+    async def drain(self):
+        self.drains += 1
+        await self._drain()
+        await asyncio.sleep_ms(self._ms)
+
+
+def test_slow_file_is_no_reason_to_drop_the_link():
+    async def scenario(rig):
+        client = rig.client
+        client._pulse_ms = 20
+        await rig.up()
+        _write(_content(_LARGE))
+        slow = Dribbling(client, 100)
+        sending = asyncio.create_task(client.publish_file("out", _PATH))
+        await until(lambda: slow.drains > 1)
+        await client.publish("t", b"x", qos=1)  # with a message waiting the answers' deadline is the short one
+        assert await sending is True  # after three times that
+        assert await client.drain(20)
+        assert rig.broker.connections == 1 and client.stats()["resent"] == 0
+
+    run(scenario, answer_ms=900, keep_alive_s=1)
+
+
+def test_link_that_takes_no_more_of_a_file_is_noticed_and_left():
+    async def scenario(rig):
+        client = rig.client
+        client._pulse_ms = 20
+        await rig.up()
+        _write(_content(_LARGE))
+        choked = Choked(client, 5000)
+        sending = asyncio.create_task(client.publish_file("out", _PATH))
+        await choked.choked.wait()
+        assert await sending is True
+        assert rig.broker.connections == 2 and rig.broker.delivered == [("out", _content(_LARGE), 1)]
+
+    run(scenario, answer_ms=200, keep_alive_s=0)
+
+
+def test_close_in_the_middle_of_a_file_ends_and_started_again_it_is_sent():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        _write(_content(_LARGE))
+        choked = Choked(client, 5000)
+        sending = asyncio.create_task(client.publish_file("out", _PATH))
+        await choked.choked.wait()
+        await client.close()
+        assert not rig.broker.named("DISCONNECT") and not sending.done()
+        await client.start()
+        assert await sending is True
+        assert [(p.connection, p.dup) for p in rig.broker.named("PUBLISH")] == [(2, True)]
 
     run(scenario)
 

@@ -188,7 +188,7 @@ class Sink:
         # Without a sink of its own it came before on_file(), and has its payload.
         if message._sink is not None and message.error is None:
             try:
-                _replace(self._part, self._path)
+                os.rename(self._part, self._path)
                 message.path = self._path
             except OSError as e:
                 _remove(self._part)
@@ -290,13 +290,3 @@ def _remove(path):
         os.remove(path)
     except OSError:
         pass
-
-
-def _replace(part, path):
-    try:
-        os.rename(part, path)
-    except OSError as e:
-        if e.errno != errno.EEXIST:  # FAT
-            raise
-        os.remove(path)
-        os.rename(part, path)
