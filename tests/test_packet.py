@@ -353,6 +353,39 @@ def test_a_message_over_the_limit_is_announced_and_passed_over():
     assert len(decoder.space()) == 64
 
 
+def test_the_payload_of_a_message_over_the_limit_can_be_taken_in_pieces_up_to_any_point():
+    payload = bytes([n & 255 for n in range(1000)])
+    body = b"\x00\x01t\x00\x09" + payload
+    stream = b"\x34" + bytes((len(body) & 127 | 128, len(body) >> 7)) + body + b"\x40\x02\x00\x07"
+    for step in (1, 2, 7, 63, 64):
+        for most in (0, 1, 500, 1000):
+            decoder = Decoder(64, 256)
+            taken = b""
+            found = []
+            at = 0
+            while at < len(stream):
+                space = decoder.space()
+                n = min(step, len(space), len(stream) - at)
+                space[:n] = stream[at : at + n]
+                at += n
+                decoder.fed(n)
+                if not (decoder.left and len(taken) < most):
+                    kind = decoder.next()
+                    if not kind:
+                        continue
+                    found.append(kind)
+                    if kind != PUBLISH:
+                        continue
+                    assert decoder.payload is None and decoder.left == 1000 and decoder.packet_id == 9
+                    if not most:
+                        continue
+                taken += decoder.piece()
+                assert len(taken) + decoder.left == 1000
+            while decoder.next():
+                found.append(decoder.type)
+            assert found == [PUBLISH, PUBACK] and taken == payload[: len(taken)] and len(taken) >= most
+
+
 def test_the_limit_is_checked_before_anything_is_allocated():
     # 256 MB are announced; no such buffer may be tried for.
     decoder = Decoder(64, 4096)
