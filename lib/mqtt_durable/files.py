@@ -98,7 +98,7 @@ class Files:
     def connected(self):
         """A connection begins."""
         upload = self.upload
-        if upload is not None and not upload.ended.is_set():
+        if upload is not None:
             self._client.store.session.requests.add(upload.packet_id)
             upload.due = True
             upload.sent = False
