@@ -161,7 +161,8 @@ class FarSide:
 class Device:
     """One board: its files in a directory, its flash in a file beside it, one process a life."""
 
-    def __init__(self, micropython, home, config, demo):
+    def __init__(self, micropython, home, config, demo, app="demo_app.py", environment=None):
+        """demo: what app finds in demo.json.  environment: of every life."""
         self.home = home
         self.flash = home / "flash.nor"
         self.life = 0
@@ -174,11 +175,12 @@ class Device:
         self.process = None
         self._reader = None
         self._micropython = micropython
+        self._environment = environment or {}
         self._directory = home / "device"
         self._directory.mkdir(parents=True)
         for name in ("boot.py", "main.py"):
             shutil.copy(ROOT / name, self._directory)
-        shutil.copy(ROOT / "tools" / "demo_app.py", self._directory / "app.py")
+        shutil.copy(ROOT / "tools" / app, self._directory / "app.py")
         (self._directory / "config.json").write_text(json.dumps(config, indent=2))
         (self._directory / "demo.json").write_text(json.dumps(demo))
         self._console = open(home / "console.log", "w")
@@ -200,7 +202,7 @@ class Device:
         self.process = subprocess.Popen(
             [self._micropython, "-X", "heapsize=" + HEAP, str(ROOT / "tools" / "demo_board.py")],
             cwd=self._directory,
-            env={**os.environ, **settings, **environment},
+            env={**os.environ, **settings, **self._environment, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -248,15 +250,20 @@ class Device:
                         trace = None
                 elif line.startswith("Traceback"):
                     trace = []
-                elif line.startswith("demo: published "):
-                    self.published = max(self.published, int(line.split()[2]))
-                elif line.startswith("demo: begins at "):
-                    self.published = max(self.published, int(line.split()[3]) - 1)
-                    self.begun = True
-                elif line == "demo: done":
-                    self.done = True
-                elif line.startswith("demo: power failed in "):
-                    self.note = line[22:]
+                else:
+                    self.heard(line)
+
+    def heard(self, line):
+        """Take what a line of its console says."""
+        if line.startswith("demo: published "):
+            self.published = max(self.published, int(line.split()[2]))
+        elif line.startswith("demo: begins at "):
+            self.published = max(self.published, int(line.split()[3]) - 1)
+            self.begun = True
+        elif line == "demo: done":
+            self.done = True
+        elif line.startswith("demo: power failed in "):
+            self.note = line[22:]
 
 
 class Trial:
@@ -266,6 +273,7 @@ class Trial:
         self.qos = qos
         self.messages = messages
         self.home = home
+        self.cut_at = _CUT_AT.get(qos)
         self.topic = "demo/qos%d" % qos
         self.power_cuts = self.flash_cuts = self.link_cuts = self.restarts = 0
         self.problem = None
@@ -401,7 +409,7 @@ class Trial:
         if self._step is not None and next(self._step, self) is self:
             self._step = None
         now = time.monotonic()
-        news = (self.delivered, self.published, self.power_cuts, len(self._faults), self._step is None)
+        news = self._news_of()
         if self._news is None or self._news[0] != news:
             self._news = news, now
         elif now - self._news[1] > _STALL_S:
@@ -409,6 +417,10 @@ class Trial:
                 "the device did not finish: nothing moved for %d s; it last said %r"
                 % (_STALL_S, self.device.last_line)
             )
+
+    def _news_of(self):
+        """What changes as long as the trial gets on."""
+        return self.delivered, self.published, self.power_cuts, len(self._faults), self._step is None
 
     def _until(self, check, longest_s=None):
         """Let time pass until check() is true; return whether it is.  Raises Stuck if the device ends by itself."""
@@ -526,7 +538,7 @@ class Trial:
             self._say("broker restarted, %.1f s after its end" % pause_s)
         elif kind == "packet" or kind == "byte":
             if kind == "packet":
-                direction, packet_type = rng.choice(_CUT_AT[self.qos])
+                direction, packet_type = rng.choice(self.cut_at)
                 when = rng.choice(("before", "inside", "after"))
                 nth = 1 if packet_type in (CONNECT, CONNACK) else rng.randint(1, 8)
                 cut = proxy.cut_at_packet(direction, packet_type, nth, when)
