@@ -19,7 +19,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo powercut journal pull-journal size lint package clean need-mosquitto need-micropython
+.PHONY: help setup test test-cpython test-upy demo soak powercut journal pull-journal size lint package clean need-mosquitto need-micropython
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test-upy: $(VENV) need-micropython ## the tests on the MicroPython unix port; AR
 
 demo: $(VENV) need-mosquitto need-micropython ## a device under power cuts and a real broker; N= CUTS= SEED= change it
 	@$(PY) tools/demo.py $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))
+
+soak: $(VENV) need-mosquitto need-micropython ## 100,000 messages each way, a bad link, the heap watched; N= SEED= change it
+	@$(PY) tools/soak.py $(if $(N),--messages $(N)) $(if $(SEED),--seed $(SEED))
 
 powercut: $(VENV) ## cut the power at every flash operation; ARGS= goes to tools/powercut.py
 	@$(PY) tools/powercut.py $(ARGS)
