@@ -15,6 +15,7 @@ DEFAULTS = {
     "client_id": "auto",
     "session": {"clean": False, "in_flight": 16},
     "journal": {"home": "auto", "size_kib": 64, "when_full": "raise", "durability": "always", "grace_ms": 500},
+    "log": {"level": "info", "console": "warning"},
     "telemetry": {"topic": "devices/{client_id}/telemetry", "every_s": 60, "qos": 1},
     "commands": {"topic": "devices/{client_id}/commands/#", "qos": 2},
     "sleep": None,
@@ -122,6 +123,7 @@ RIGHT = (
     ("wait", minimal(journal__when_full="wait")),
     ("drop_oldest", minimal(journal__when_full="drop_oldest")),
     ("grace", minimal(journal__durability="grace")),
+    ("levels", minimal(log__level="debug", log__console="off")),
     ("shortest grace", minimal(journal__durability="grace", journal__grace_ms=1)),
     ("longest grace", minimal(journal__durability="grace", journal__grace_ms=60000)),
     ("Wi-Fi power saving", minimal(wifi__power_save=True)),
@@ -189,6 +191,16 @@ WRONG = (
         "durability",
         minimal(journal__durability="never"),
         'journal.durability: found "never", expected "always" or "grace"',
+    ),
+    (
+        "level",
+        minimal(log__level="verbose"),
+        'log.level: found "verbose", expected "off", "error", "warning", "info" or "debug"',
+    ),
+    (
+        "level of the console",
+        minimal(log__console=1),
+        'log.console: found 1, expected "off", "error", "warning", "info" or "debug"',
     ),
     (
         "flag for durability",
@@ -313,8 +325,8 @@ WRONG = (
     (
         "unknown section",
         minimal(mqtt={}),
-        "mqtt: found an unknown key, expected one of wifi, broker, client_id, session, journal, telemetry, commands, "
-        "sleep",
+        "mqtt: found an unknown key, expected one of "
+        "wifi, broker, client_id, session, journal, log, telemetry, commands, sleep",
     ),
     ("no object", [1], "config: found a list, expected an object"),
 )

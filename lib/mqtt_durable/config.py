@@ -51,6 +51,10 @@ _TABLE = (
         ("durability", "always", "durability", 0, 0),
         ("grace_ms", 500, "number", 1, 60000),
     )),
+    ("log", False, (
+        ("level", "info", "level", 0, 0),
+        ("console", "warning", "level", 0, 0),
+    )),
     ("telemetry", True, (
         ("topic", "devices/{client_id}/telemetry", "topic_name", 1, 65535),
         ("every_s", 60, "number", 1, 86400),
@@ -79,6 +83,7 @@ _EXPECTED = {
     "home": '"auto", "partition:LABEL", "pinned", "pinned:/DIRECTORY", "gap", "file:PATH" or "ram"',
     "full": '"raise", "wait" or "drop_oldest"',
     "durability": '"always" or "grace"',
+    "level": '"off", "error", "warning", "info" or "debug"',
     "topic_name": "a topic without + and #",
     "topic_filter": "a topic filter: + alone in its level, # alone in the last one",
 }
@@ -273,6 +278,8 @@ def _fits(value, kind, low, high):
         return value in ("raise", "wait", "drop_oldest")
     if kind == "durability":
         return value in ("always", "grace")
+    if kind == "level":
+        return value in ("off", "error", "warning", "info", "debug")
     if kind == "home":
         name, colon, rest = value.partition(":")
         if not colon:
