@@ -63,6 +63,8 @@ class Rig:
                 "durability": "grace" if "grace_ms" in options else "always",
                 "grace_ms": options.pop("grace_ms", 500),
             },
+            "log": {"level": "info", "console": "error"},
+            "wifi": options.pop("wifi", None),
         }
         options.setdefault("backoff_ms", (1, 8))
         options.setdefault("answer_ms", 30000)
@@ -2287,3 +2289,113 @@ def test_a_client_is_idle_when_all_is_acknowledged_and_handled():
         await until(lambda: client.idle)
 
     play(scenario)
+
+
+# The log.
+
+
+def _logged(client):
+    return [text for _, _, text, _ in client.log.events()]
+
+
+def test_log_tells_of_the_connection_from_start_to_end():
+    async def scenario(rig):
+        await rig.up()
+        await rig.broker.drop()
+        await rig.up(2)
+        await rig.client.close()
+        events = rig.client.log.events()
+        texts = _logged(rig.client)
+        assert texts[:3] == [
+            "journal in device: 0 messages wait",
+            "started as p7, broker 127.0.0.1:%d" % rig.broker.port,
+            "connected, new session",
+        ]
+        assert [level for _, level, text, _ in events if text.startswith("connection lost: ")] == ["warning"]
+        assert texts[-2:] == ["connected, session present", "closed"]
+
+    play(scenario)
+
+
+def test_log_tells_why_there_is_no_connection():
+    async def scenario(rig):
+        await rig.up(4)
+        found = [(level, text, times) for _, level, text, times in rig.client.log.events() if "no conn" in text]
+        refused = "no connection: ConnectRefused: broker refused the connection: "
+        assert found == [
+            ("error", refused + "bad user name or password", 2),
+            ("error", refused + "not authorised", 1),
+        ]
+
+    play(scenario, [(1, "CONNECT", 1, "refuse 4"), (2, "CONNECT", 1, "refuse 4"), (3, "CONNECT", 1, "refuse 5")])
+
+
+def test_log_tells_of_a_new_journal():
+    async def scenario(rig):
+        assert _logged(rig.client)[0] == "journal in device: new"
+
+    play(scenario, fresh=True, start=False)
+
+
+def test_log_tells_what_the_program_should_know():
+    async def scenario(rig):
+        def handler(message):
+            raise ValueError("of a test")
+
+        rig.client.on("bad", handler)
+        await rig.up()
+        await raised(rig.client.subscribe("secret/#", 1), SubscribeRefused)
+        await rig.broker.publish("bad", b"x", 1, 1)
+        await rig.broker.expect("PUBACK 1")
+        await rig.broker.publish("large", b"x" * 5000, 1, 2)
+        await rig.broker.expect("PUBACK 2")
+        texts = _logged(rig.client)
+        assert texts[-3:] == [
+            "subscription: SubscribeRefused: secret/#",
+            "handler of bad: ValueError: of a test",
+            "too large: large",
+        ]
+
+    play(scenario, [(1, "SUBSCRIBE", 1, "refuse 128")])
+
+
+def test_nothing_that_is_logged_holds_the_password():
+    async def scenario(rig):
+        def handler(message):
+            raise ValueError("it is " + rig.client._broker["password"])
+
+        rig.client.on("#", handler)
+        await rig.up(2)
+        await rig.broker.publish("t", b"x", 1, 1)
+        await rig.broker.expect("PUBACK 1")
+        log = rig.client.log
+        assert "bad user name" in str(log) and "ValueError: it is ***" in str(log)
+        assert SECRET not in str(log) and SECRET not in repr(log.events())
+
+    play(scenario, [(1, "CONNECT", 1, "refuse 4")], username="u", password=SECRET)
+
+
+def test_failure_of_the_link_is_logged_without_the_password_of_the_network():
+    class Link:
+        async def up(self):
+            raise OSError("Wi-Fi: no access point for " + SECRET)
+
+    async def scenario(rig):
+        await until(lambda: rig.client.last_error)
+        assert _logged(rig.client)[-1] == "no connection: OSError: Wi-Fi: no access point for ***"
+
+    play(scenario, link=Link(), wifi={"ssid": "net", "password": SECRET})
+
+
+def test_stats_tell_how_much_of_the_journal_is_in_use():
+    async def scenario(rig):
+        used = [rig.client.stats()["journal_sectors_used"]]
+        for _ in range(10):
+            await rig.client.publish("t", b"x" * 1000, qos=1)
+            used.append(rig.client.stats()["journal_sectors_used"])
+        assert used[0] == 1 and used == sorted(used) and used[-1] == 3
+        await rig.client.start()
+        await rig.client.drain()
+        assert rig.client.stats()["journal_sectors_used"] == 1 and rig.client.stats()["journal_sectors"] == 16
+
+    play(scenario, start=False, in_flight=2)

@@ -7,7 +7,6 @@ where the configuration has a grace, within that by a task of its own, unless th
 
 import asyncio
 import errno
-import sys
 import time
 from collections import deque
 from random import getrandbits
@@ -27,6 +26,7 @@ from .errors import (
 )
 from .flash import open_home, resolve
 from .journal import Journal
+from .log import DEBUG, ERROR, INFO, WARNING, Log
 from .packet import (
     CONNACK,
     DISCONNECT_BYTES,
@@ -92,6 +92,8 @@ class Client:
     answer_ms: the broker must answer CONNECT and PINGREQ within this.
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
 
+    .log: the last events, see log.py; `print(client.log)`.  Its levels are config["log"]'s, if there is that.
+
     The journal is mounted here, so .mark is known at once.  Raises JournalUnavailable, ValueError, OSError (flash),
     ConfigError (a certificate's file).
     """
@@ -110,6 +112,13 @@ class Client:
         broker = config["broker"]
         journal = config["journal"]
         session = config["session"]
+        levels = config.get("log") or {}
+        wifi = config.get("wifi") or {}
+        self.log = Log(
+            levels.get("level", "info"),
+            levels.get("console", "warning"),
+            (broker["password"], wifi.get("password")),
+        )
         self.client_id = configured_client_id(config)
         self._broker = broker
         self._tls = None
@@ -139,9 +148,10 @@ class Client:
         self._device = device
         note = getattr(device, "note", None)  # what of an older journal there was lost
         self.journal_lost = 1 if note else 0
-        self.last_error = JournalLost(note) if note else None  # what ended the last connection or attempt
-        self._up_ms = 0
-        self._ticks = self._stepped = time.ticks_ms()
+        self.last_error = None  # what ended the last connection or attempt
+        self._stepped = time.ticks_ms()
+        if note:
+            self._lost(JournalLost(note))
         self.store = Store(
             Journal(device, prog_size, size),
             session["in_flight"],
@@ -150,6 +160,7 @@ class Client:
             self._grace_ms > 0,
         )
         self.store.open()
+        self._log_journal()
 
         self.connected = False
         self.session_present = False
@@ -203,6 +214,8 @@ class Client:
             self._leaving = False
             self._stepped = time.ticks_ms()
             self.messages.ended = False
+            broker = self._broker
+            self.log.add(INFO, "started as %s, broker %s:%d" % (self.client_id, broker["host"], broker["port"]))
             self._dispatch_task = asyncio.create_task(self._dispatch())
             self._run_task = asyncio.create_task(self._run())
 
@@ -236,6 +249,8 @@ class Client:
                 self.store.close()
             except (MQTTError, OSError) as e:
                 self.last_error = e  # all that was promised is stored already, but for messages in their grace
+                self.log.add(ERROR, "journal", e)
+            self.log.add(INFO, "closed")
 
     # -- the program's calls
 
@@ -275,7 +290,8 @@ class Client:
                     packet_id = self.store.publish(topic, payload, qos, retain, mark)
                     self._begin_grace(packet_id)
                     break
-                except JournalFull:
+                except JournalFull as e:
+                    self.log.add(WARNING, "publish", e)
                     if not self._waits:
                         raise
                 except OSError as e:
@@ -458,9 +474,10 @@ class Client:
 
         journal_home: the text.  journal_lost: how often another hand took the journal's home away; what waited there is
         counted in lost.  unsettled: messages that are in RAM only until their grace is over; spared: how many the
-        broker had before that, which cost the flash nothing and do not count as stored.  journal_erases: over the
+        broker had before that, which cost the flash nothing and do not count as stored.  journal_sectors_used: of
+        journal_sectors, from the oldest that holds anything still wanted to the newest.  journal_erases: over the
         journal's life.  journal_years_left: at the present rate, until the flash has had the 100,000 erases that it is
-        made for; None before the first.  To be asked once in 6 days.
+        made for; None before the first.
         """
         store = self.store
         journal = store.journal
@@ -485,22 +502,27 @@ class Client:
             "unknown_acks": store.session.unknown,
             "journal_home": self.journal_home,
             "journal_lost": self.journal_lost,
+            "journal_sectors": journal.sectors,
+            "journal_sectors_used": self._sectors_used(),
             "journal_erases": journal.seq,
             "journal_years_left": self._years_left(),
             "journal_damaged": journal.damaged,
         }
 
-    def _years_left(self):
-        now = time.ticks_ms()
-        self._up_ms += time.ticks_diff(now, self._ticks)
-        self._ticks = now
+    def _sectors_used(self):
         journal = self.store.journal
-        if not journal.erases or not self._up_ms or self.journal_home[:3] == "ram":
+        oldest = self.store.oldest()
+        return 1 if oldest is None else min(journal.sectors, journal.seq - oldest + 1)
+
+    def _years_left(self):
+        up_ms = self.log.uptime_ms()
+        journal = self.store.journal
+        if not journal.erases or not up_ms or self.journal_home[:3] == "ram":
             return None
         # Blocks of a file system take turns.
         blocks = self._device.sharing() if hasattr(self._device, "sharing") else journal.sectors
         erases = max(0, _ENDURANCE * blocks - journal.seq)
-        return round(erases / journal.erases * self._up_ms / _YEAR_MS, 1)
+        return round(erases / journal.erases * up_ms / _YEAR_MS, 1)
 
     # -- connection
 
@@ -529,14 +551,19 @@ class Client:
         limit_ms = min(longest_ms, first_ms << min(self._attempt, 16))
         self._attempt += 1
         half_ms = limit_ms >> 1
-        return half_ms + (getrandbits(16) * (limit_ms - half_ms) >> 16)
+        pause_ms = half_ms + (getrandbits(16) * (limit_ms - half_ms) >> 16)
+        self.log.add(DEBUG, "next attempt in %d ms" % pause_ms)
+        return pause_ms
 
     def _failed(self, error):
         """Note what ended a connection."""
+        # A MemoryError, or our own fault, is no reason to give up.
+        fault = not isinstance(error, (MQTTError, OSError, asyncio.TimeoutError))
         if isinstance(error, ProtocolError):
             self.protocol_errors += 1
-        elif not isinstance(error, (MQTTError, OSError, asyncio.TimeoutError)):
-            sys.print_exception(error)  # MemoryError, or our own fault: no reason to give up
+        if fault or not self._leaving:
+            level = ERROR if fault or isinstance(error, (ConnectRefused, ProtocolError)) else WARNING
+            self.log.add(level, "connection lost" if self.connected else "no connection", error, fault)
         if not self._leaving:
             self.last_error = error
 
@@ -554,6 +581,7 @@ class Client:
             store.open()
         except JournalLost as e:
             self._move(e, waiting)
+        self._log_journal()
         for message in [self._handling] + list(self._inbox):
             if message is not None and message.qos and message._epoch == self._epoch:
                 store.session.busy.add(message._packet_id)
@@ -578,7 +606,19 @@ class Client:
         store.open()
         store.lost += waiting - store.waiting
         self.journal_lost += 1
-        self.last_error = JournalLost("%s; the journal begins anew in %s%s" % (error, self.journal_home, why))
+        self._lost(JournalLost("%s; the journal begins anew in %s%s" % (error, self.journal_home, why)))
+
+    def _lost(self, error):
+        self.last_error = error
+        self.log.add(ERROR, "journal", error)
+
+    def _log_journal(self):
+        """The journal has been mounted."""
+        journal = self.store.journal
+        if journal.damaged:
+            self.log.add(WARNING, "journal: %d records are damaged" % journal.damaged)
+        state = "new" if journal.fresh else "%d messages wait" % self.store.waiting
+        self.log.add(INFO, "journal in %s: %s" % (self.journal_home, state))
 
     def _sweep(self):
         """End the waiting for messages that are no longer there: their records do not read back."""
@@ -621,12 +661,13 @@ class Client:
             self._ping_at = None
             self._last_sent = self._last_received = time.ticks_ms()
             self.connected = True
+            self.log.add(INFO, "connected, " + ("session present" if self.session_present else "new session"))
             self._renew_requests()
             if self.on_connect:
                 try:
                     self.on_connect(self.session_present)
                 except Exception as e:
-                    self._handler_failed(e)
+                    self._handler_failed(e, "on_connect")
             tasks = [self._read(), self._pulse(), self._write()]
             if self._grace_ms:
                 tasks.append(self._age())
@@ -733,6 +774,7 @@ class Client:
         sink = self._files and self._files.sink()
         if decoder.payload is None and not sink:
             self.too_large += 1
+            self.log.add(WARNING, "too large: " + decoder.topic)
             if not qos:
                 return
         taken = False
@@ -770,6 +812,7 @@ class Client:
                 await asyncio.wait_for_ms(self._accepted.wait(), self._answer_ms)
             except asyncio.TimeoutError:
                 self._passed_over = True
+                self.log.add(WARNING, "the handlers do not get on: messages are passed over until the next connection")
             finally:
                 self._blocked = False
                 self._last_received = time.ticks_ms()
@@ -828,6 +871,7 @@ class Client:
             await asyncio.sleep_ms(self._pulse_ms)
             self._attempt = 0  # only a connection that holds ends the growing of the pauses
             self._stepped = now = time.ticks_ms()
+            self.log.uptime_ms()
             if self._blocked:  # nobody reads, so nothing can be said about the broker; but it is to hear from us
                 self._last_received = now
                 self._ping_at = None
@@ -925,6 +969,7 @@ class Client:
             request.result = self._decoder.payload[0]
             if request.result > 2:
                 self.last_error = SubscribeRefused(request.filter)
+                self.log.add(ERROR, "subscription", self.last_error)
             elif self._wanted.get(request.filter) == request.qos:
                 try:
                     self.store.subscribed(request.filter, request.qos, request.result)
@@ -971,7 +1016,7 @@ class Client:
                 try:
                     await self._deliver(message)
                 except Exception as e:
-                    self._handler_failed(e)
+                    self._handler_failed(e, "handler of " + message.topic)
             if message.qos:
                 while self.connected and not store.can_answer:
                     await self._room()
@@ -1003,9 +1048,9 @@ class Client:
             self._arrived.clear()
             await self._arrived.wait()
 
-    def _handler_failed(self, error):
+    def _handler_failed(self, error, where):
         self.handler_errors += 1
-        sys.print_exception(error)
+        self.log.add(ERROR, where, error, True)
 
 
 class _Messages:
