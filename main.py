@@ -23,6 +23,7 @@ import time
 from mqtt_durable import config as configuration
 from mqtt_durable import watchdog
 from mqtt_durable.errors import ConfigError, JournalFull, MQTTError, SubscribeRefused
+from mqtt_durable.log import ERROR, INFO
 
 _PULSE_MS = 1000
 _FIRST_PAUSE_MS = 1000
@@ -212,6 +213,9 @@ class Device:
 
         Raises JournalUnavailable, ValueError or OSError from the start of the client.
         """
+        cause = reset_cause()
+        if cause:
+            self.client.log.add(INFO, "reset cause: " + cause)
         pulse = asyncio.create_task(self._pulse())
         try:
             async with self.client:
@@ -231,14 +235,19 @@ class Device:
         while True:
             began_s = self.uptime_s()
             try:
-                return await start() or ENDED
+                self.client.log.add(INFO, "the application begins")
+                why = await start() or ENDED
+                self.client.log.add(INFO, why)
+                return why
             except Exception as error:
+                self.client.log.add(ERROR, "application", error)
                 sys.print_exception(error)
             gc.collect()
             if (self.uptime_s() - began_s) * 1000 >= _SHORT_LIFE_MS:
                 crashes = 0
             crashes += 1
             if crashes >= _CRASHES:
+                self.client.log.add(ERROR, CRASHED)
                 return CRASHED
             await self.sleep_ms(min(_FIRST_PAUSE_MS << (crashes - 1), _LONGEST_PAUSE_MS))
 
@@ -322,6 +331,8 @@ class Builtin:
         ping       the payload, as it came
         telemetry  the telemetry object of this moment
         stats      the client's statistics
+        log        {"log": [[uptime_s, level, text, times], ...]}, the client's last events, oldest first; of many only
+                   the newest that one message can hold
         reset      {"reset": true}, then the board ends in order and starts again; not in its first 30 s, so that a
                    command that is delivered twice cannot hold it in a loop; and not between two sleeps
         another    {"error": "unknown command", "commands": [...]}
@@ -387,11 +398,13 @@ class Builtin:
             answer = self.report()
         elif command == "stats":
             answer = self._client.stats()
+        elif command == "log":
+            answer = {"log": self._client.log.events()}
         elif command == "reset":
             self._reset = not self._sleeps and self._device.uptime_s() >= _RESET_AFTER_S
             answer = {"reset": self._reset}
         else:
-            answer = {"error": "unknown command", "commands": ["ping", "telemetry", "stats", "reset"]}
+            answer = {"error": "unknown command", "commands": ["ping", "telemetry", "stats", "log", "reset"]}
         await self._publish(self._answers + command, answer, self._commands["qos"])
 
     def report(self):
@@ -409,11 +422,18 @@ class Builtin:
 
     async def _publish(self, topic, payload, qos):
         """Publish an object as JSON, or bytes as they are; count it when there is no room for it."""
-        if type(payload) is dict:
-            payload = json.dumps(payload).encode()
         try:
-            await self._client.publish(topic, bytes(payload), qos=qos)
-        except (JournalFull, ValueError) as error:  # ValueError: larger than the journal can ever hold
+            while True:
+                data = json.dumps(payload).encode() if type(payload) is dict else bytes(payload)
+                try:
+                    await self._client.publish(topic, data, qos=qos)
+                    return
+                except ValueError:  # larger than the journal can ever hold
+                    events = payload.get("log") if type(payload) is dict else None
+                    if not events:
+                        raise
+                    del events[: 1 + len(events) // 8]
+        except (JournalFull, ValueError) as error:
             self._skipped += 1
             print("main.py: not published to %s: %s" % (topic, error))
 
@@ -427,6 +447,23 @@ class Builtin:
                 return
             except (MQTTError, OSError):  # the connection was lost before the answer came
                 await self._device.sleep_ms(5000)
+
+
+def reset_cause():
+    """Return the name of the board's last reset, None where it does not tell.
+
+    A Pico resets itself by its watchdog, so machine.reset() is WDT_RESET there, too.
+    """
+    try:
+        import machine
+
+        cause = machine.reset_cause()
+    except (ImportError, AttributeError):
+        return None
+    for name in ("PWRON_RESET", "HARD_RESET", "WDT_RESET", "DEEPSLEEP_RESET", "SOFT_RESET"):
+        if getattr(machine, name, None) == cause:
+            return name
+    return str(cause)
 
 
 def temperature_c():

@@ -51,6 +51,20 @@ class Message:
         self.token = None
 
 
+class Log(list):
+    """What was asked of the client; the events that are added stand beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.added = []
+
+    def add(self, level, text, error=None, trace=False):
+        self.added.append(text if error is None else text + ": " + repr(error))
+
+    def events(self):
+        return [(n, "info", text, 1) for n, text in enumerate(self.added)]
+
+
 class Client:
     """Remembers what was asked of it.  The lists of failures hold exceptions to raise, one a call; None: none."""
 
@@ -58,7 +72,7 @@ class Client:
         self.config = config
         self.link = link
         self.client_id = config["client_id"]
-        self.log = []
+        self.log = Log()
         self.published = []  # (topic, payload, qos)
         self.handlers = []
         self.publish_failures = []
@@ -362,6 +376,45 @@ def test_commands_are_answered():
     assert topic == "devices/p7/answers/telemetry" and json.loads(payload)["uptime_s"] == 0
     ((topic, payload, qos),) = answers(Message("c/p7/x"), telemetry=None)
     assert topic == "devices/p7/answers/x" and json.loads(payload)["error"] == "unknown command"
+
+
+def test_log_answers_with_the_events():
+    made = device()
+    run_for(made, 1000, Message("c/p7/log"))
+    topic, payload, qos = made.client.published[-1]
+    assert topic == "devices/p7/answers/log" and qos == 2
+    assert json.loads(payload)["log"] == [list(event) for event in made.client.log.events()]
+
+
+def test_log_that_no_message_can_hold_loses_its_oldest_events():
+    made = device()
+    for n in range(32):
+        made.client.log.add(2, "event %d" % n)
+    made.client.publish_failures = [None] + [ValueError("too large")] * 5  # the first is the telemetry
+    why, lines = quietly(run_for, made, 1000, Message("c/p7/log"))
+    log = json.loads(made.client.published[-1][1])["log"]
+    assert 8 <= len(log) < 24 and log[-1][2] == "event 31"
+    assert made._builtin._skipped == 0 and lines == []
+
+
+def test_no_log_fits():
+    made = device()
+    made.client.log.add(2, "event")
+    made.client.publish_failures = [None] + [ValueError("too large")] * 9
+    why, lines = quietly(run_for, made, 1000, Message("c/p7/log"))
+    assert made._builtin._skipped == 1 and len(made.client.published) == 1
+
+
+def test_application_and_reset_are_events():
+    made = device()
+    quietly(run, made, App(crash, end))
+    assert made.client.log.added[-4:] == [
+        "the application begins",
+        "application: " + repr(ValueError("crash of a test")),
+        "the application begins",
+        main.ENDED,
+    ]
+    assert made.client.log.added[:-4] in (["reset cause: PWRON_RESET"], [])  # a host may have no machine
 
 
 def test_what_is_no_command_is_ignored():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import paho.mqtt.client as mqtt
 from brokers import Mosquitto
+from proxy import Proxy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 30
@@ -44,13 +45,15 @@ def _config(port):
     return {"wifi": None, "broker": {"host": "127.0.0.1", "port": port}, "client_id": "mast7"}
 
 
-def _listen(port, topic_filter, clean=True):
-    """A paho client and the queue of (topic, payload) it receives."""
+def _listen(port, topic_filter, clean=True, login=None):
+    """A paho client and the queue of (topic, payload) it receives.  login: (user, password)."""
     arrived = queue.Queue()
     ready = queue.Queue()
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="far", clean_session=clean)
     client.on_message = lambda _c, _u, message: arrived.put((message.topic, message.payload))
     client.on_subscribe = lambda *_: ready.put(True)
+    if login:
+        client.username_pw_set(*login)
     client.connect("127.0.0.1", port)
     client.loop_start()
     client.subscribe(topic_filter, 2)
@@ -91,6 +94,70 @@ def test_a_mistake_in_the_configuration_is_one_line_and_ends_at_the_repl(tmp_pat
     output, _ = _board(tmp_path, config).communicate(timeout=PATIENCE_S)
     assert 'broker.port: found "1883", expected a whole number 1-65535' in output.splitlines()
     assert "Traceback" not in output
+
+
+SECRET = "Kennwort-4711"
+
+
+def _answer(arrived, command):
+    while True:
+        topic, payload = arrived.get(timeout=PATIENCE_S)
+        if topic == "devices/mast7/answers/" + command:
+            return payload
+
+
+def test_log_over_mqtt_tells_what_went_wrong_and_neither_it_nor_the_console_shows_a_password(tmp_path):
+    with Mosquitto(users={"mast7": SECRET, "far": "another"}) as broker, Proxy(broker.port) as proxy:
+        config = _config(proxy.port)
+        config["broker"].update(username="mast7", password=SECRET)
+        config["log"] = {"level": "debug", "console": "debug"}
+        client, arrived = _listen(broker.port, "devices/mast7/#", login=("far", "another"))
+        proxy.refuse()
+        board = _board(tmp_path, config)
+        try:
+            for line in board.stdout:
+                if "no connection" in line:
+                    break
+            output = line
+            proxy.accept()
+            assert arrived.get(timeout=PATIENCE_S)[0] == "devices/mast7/telemetry"
+            broker.wait_log("devices/mast7/commands/#")
+            proxy.cut()
+            for command in ("log", "stats", "telemetry", "ping", "unknown"):
+                client.publish("devices/mast7/commands/" + command, "", 2)
+            log = json.loads(_answer(arrived, "log"))["log"]
+            answers = json.dumps(log)
+            for command in ("stats", "telemetry", "unknown"):
+                answers += _answer(arrived, command).decode()
+        finally:
+            board.kill()
+            output += board.communicate()[0]
+            client.disconnect()
+            client.loop_stop()
+        texts = [text for _, _, text, _ in log]
+        for begin in ("reset cause: PWRON_RESET", "journal in partition:mqj: new", "no connection: ", "connected, "):
+            assert [text for text in texts if text.startswith(begin)], begin
+        assert texts.index("the application begins") < texts.index("connected, new session")
+        assert [text for text in texts if text.startswith("connection lost: ")]
+        assert "mqtt: info: connected, session present" in output
+        assert SECRET not in output and SECRET not in answers
+
+
+def test_refused_password_is_logged_but_not_shown(tmp_path):
+    with Mosquitto(users={"mast7": "another"}) as broker:
+        config = _config(broker.port)
+        config["broker"].update(username="mast7", password=SECRET)
+        board = _board(tmp_path, config)
+        try:
+            output = ""
+            for line in board.stdout:
+                output += line
+                if "bad user name or password" in line or "not authorised" in line:
+                    break
+        finally:
+            board.kill()
+            output += board.communicate()[0]
+        assert "mqtt: error: no connection: ConnectRefused: " in output and SECRET not in output
 
 
 # What follows has an app.py beside main.py, and reads the console line by line.
