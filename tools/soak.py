@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 MESSAGES = 100000
-PER_FAULT = 400  # messages each way for one fault
+PER_FAULT = 1000  # messages each way for one fault
 FLAT_BYTES = 4096
 UP = "soak/up"
 DOWN = "soak/down"

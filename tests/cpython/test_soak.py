@@ -60,7 +60,7 @@ def test_verdict_names_what_went_wrong(tmp_path):
 
 
 def test_same_seed_gives_the_same_faults_of_every_kind(tmp_path):
-    plans = [soak.Trial(40000, seed, "micropython", tmp_path, None) for seed in ("1", "1", "2")]
+    plans = [soak.Trial(100000, seed, "micropython", tmp_path, None) for seed in ("1", "1", "2")]
     first, again, other = [(trial._faults, trial._due) for trial in plans]
     assert first == again != other
     assert set(collections.Counter(first[0])) == {*soak._FAULTS, "half-open"}
