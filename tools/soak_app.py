@@ -12,6 +12,7 @@ import gc
 import json
 
 from mqtt_durable.errors import MQTTError
+from mqtt_durable.log import INFO
 
 _MISSING = 500  # numbers that are remembered as missing
 
@@ -98,6 +99,8 @@ async def main(client, config):
     """Publish all, receive all, wait until the broker has all, then idle."""
     with open("demo.json") as f:
         demo = json.load(f)
+    for n in range(32):  # what is bounded is to be full from the start, so that it does not look like growth
+        client.log.add(INFO, "%03d " % n + "." * 96)
     soak = Soak(client, demo)
     client.on(demo["down"], soak.handle)
     while True:
