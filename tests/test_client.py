@@ -917,12 +917,33 @@ def test_handler_that_waits_for_the_broker_behind_a_full_inbox_does_not_wait_for
         await rig.broker.send(ack("PUBACK", 1))  # the client has it behind 25 messages
         await rig.up(2)
         assert client.stats()["passed_over"] == 8
-        for n in range(1, 26):
+        for n in range(18, 26):  # it has a PUBCOMP for each of the others
             await rig.broker.publish("t", b"%d" % n, 2, n, dup=True)
         await rig.broker.expect("PUBCOMP 25")
         assert got == list(range(1, 26))
 
     play(scenario, [(0, "PUBLISH", 0, "silent")], answer_ms=200)
+
+
+def test_broker_that_sends_more_than_256_messages_before_a_pubrel_is_no_error():
+    # mosquitto 2.0 does after a reconnection: all that waits goes out at once, whatever its window.
+    async def scenario(rig):
+        got = []
+        rig.client.on("t", lambda message: got.append(int(message.payload)))
+        await rig.up()
+        await rig.broker.send(b"".join([publish("t", b"%d" % n, 1 + (n < 291), n) for n in range(1, 301)]))
+        await rig.up(2)
+        assert got == list(range(1, 257)) and not rig.client.store.session.held
+        again = [publish("t", b"%d" % n, 1 + (n < 291), n, dup=True) for n in range(257, 301)]
+        await rig.broker.send(b"".join(again))
+        await until(lambda: len(got) == 300)
+        await rig.broker.expect("PUBACK 300")
+        stats = rig.client.stats()
+        assert got == list(range(1, 301)) and stats["protocol_errors"] == 0 and stats["passed_over"] == 44
+        assert [text for text in _logged(rig.client) if "passed over" in text]
+        assert rig.broker.connections == 2
+
+    play(scenario)
 
 
 def test_messages_nobody_asks_for_do_not_stop_a_program_that_only_publishes():

@@ -769,6 +769,11 @@ class Client:
         store = self.store
         qos = decoder.qos
         packet_id = decoder.packet_id
+        if qos and store.session.is_too_much(packet_id):
+            # mosquitto 2.0 after a reconnection: it sends all that waits, whatever its window.
+            self._pass_over("the broker sends too much at once")
+            self.passed_over += 1
+            return
         if qos and not store.on_publish(qos, packet_id):
             return
         sink = self._files and self._files.sink()
@@ -797,8 +802,7 @@ class Client:
 
         QoS 0 is discarded at once.  For the others reading stops, and so does the broker.  But a handler that itself
         waits for the broker would then wait for ever: after answer_ms without a step of the dispatcher the message is
-        passed over, with all that come after it.  The broker has them still, and sends them again, in order, over a
-        new connection, which is made when the inbox is empty.
+        passed over, see _pass_over().
         """
         while len(self._inbox) >= _INBOX or self._inbox_bytes >= _INBOX_BYTES or (sink and sink.taken):
             if not qos:
@@ -811,8 +815,7 @@ class Client:
             try:
                 await asyncio.wait_for_ms(self._accepted.wait(), self._answer_ms)
             except asyncio.TimeoutError:
-                self._passed_over = True
-                self.log.add(WARNING, "the handlers do not get on: messages are passed over until the next connection")
+                self._pass_over("the handlers do not get on")
             finally:
                 self._blocked = False
                 self._last_received = time.ticks_ms()
@@ -820,6 +823,13 @@ class Client:
             self.passed_over += 1
             return False
         return True
+
+    def _pass_over(self, why):
+        """From here on no message is taken.  The broker has them still, and sends them again, in order, over a new
+        connection, which _pulse() makes when those taken are handled and have had their PUBRELs, or none comes."""
+        if not self._passed_over:
+            self._passed_over = True
+            self.log.add(WARNING, why + ": messages are passed over until the next connection")
 
     async def _write(self):
         stream = self._stream
@@ -886,6 +896,9 @@ class Client:
                 self._ping_at = now
                 self._outbox.append(PINGREQ_BYTES)
                 self._wake.set()
+            if self._passed_over and not self._inbox and self._handling is None:
+                if not store.session.held or silent_ms >= self._pulse_ms:
+                    self._down.set()
             self._sweep()
             if stored == store.stored:  # idle
                 store.commit()
@@ -1002,8 +1015,6 @@ class Client:
         store = self.store
         while not self._leaving:
             while not inbox:
-                if self._passed_over and self.connected:
-                    self._down.set()
                 self._arrived.clear()
                 await self._arrived.wait()
             self._handling = message = inbox.popleft()

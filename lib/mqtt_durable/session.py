@@ -138,6 +138,12 @@ class Session:
             self.unknown += 1
         return rule & 255
 
+    def is_too_much(self, packet_id):
+        """Whether a PUBLISH with this identifier would be one unfinished message more than the 256 we keep in mind."""
+        if len(self.busy) + len(self.held) < _MOST_INBOUND:
+            return False
+        return packet_id not in self.busy and packet_id not in self.held
+
     def incoming(self, qos, packet_id):
         """A QoS 1 or 2 PUBLISH came: return 0 to deliver it, else it is a duplicate to be answered with that packet
         (-1: not now, the handler still has it).  Raises ProtocolError beyond 256 unfinished messages."""
@@ -146,7 +152,7 @@ class Session:
             return -1
         if qos == 2 and packet_id in self.held:
             return TRANSITIONS[HELD << 4 | PUBLISH] & 15
-        if len(self.busy) + len(self.held) >= _MOST_INBOUND:
+        if self.is_too_much(packet_id):
             raise ProtocolError("more than %d unfinished messages" % _MOST_INBOUND)
         self.busy.add(packet_id)
         return 0
