@@ -291,7 +291,7 @@ class Client:
                     self._begin_grace(packet_id)
                     break
                 except JournalFull as e:
-                    self.log.add(WARNING, "publish", e)
+                    self.log.add(INFO if self._waits else WARNING, "publish", e)
                     if not self._waits:
                         raise
                 except OSError as e:
