@@ -264,7 +264,7 @@ class MadBroker:
 
     # -- the link
 
-    def dial(self, host, port, attempt=0, tls=None):
+    def dial(self, info, tls=None):
         self.connections += 1
         self.count("connections")
         if not self.honest and self.rng.below(12) == 0:

@@ -46,7 +46,7 @@ from .packet import (
     Decoder,
 )
 from .store import Store, identity
-from .transport import dial, hang_up
+from .transport import Addresses, dial, hang_up
 
 _SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
 _RECEIVE_BYTES = const(768)
@@ -135,6 +135,7 @@ class Client:
         self._grace_ms = journal["grace_ms"] if journal.get("durability") == "grace" else 0
         self._will = will
         self._link = link
+        self._addresses = Addresses(broker["host"], broker["port"])
         self._backoff_ms = backoff_ms
         self._answer_ms = answer_ms
         self._connect_packet(True)  # a bad argument shows here, not in the field
@@ -182,6 +183,8 @@ class Client:
         self._epoch = 0  # counts the sessions at the broker: a message belongs to the one it came in
         self._last_sent = self._last_received = 0
         self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
+        self._put_at = None  # ticks_ms of the piece that the broker has not taken yet
+        self._address = None  # the link's, when the connection began
         self._young = []  # (packet identifier, ticks_ms) of the messages in their grace, oldest first
         self._aging = asyncio.Event()  # there are some
         self._outbox = []
@@ -540,6 +543,8 @@ class Client:
                 await self._connection()
             except Exception as e:
                 self._failed(e)
+                if isinstance(e, ConnectRefused) and e.return_code != 3:
+                    self._attempt = 16  # only a person can mend that: at once to the longest pause
             if self._leaving:
                 return
             self._down.clear()
@@ -639,15 +644,15 @@ class Client:
             if store.identity != self._identity and not self._clean:
                 # A journal that knows no session with this broker must not meet an old one there: the broker would
                 # take new identifiers for old ones and swallow messages.  A clean session ends with its connection.
-                await asyncio.wait_for_ms(self._handshake(True), self._answer_ms)
+                await self._open(True)
                 store.begin(self._identity)
                 self._epoch += 1
                 self._stream.write(DISCONNECT_BYTES)
-                await self._stream.drain()
+                await asyncio.wait_for_ms(self._stream.drain(), self._answer_ms)
                 self._hang_up()
             if not self._clean:
                 store.connecting()
-            await asyncio.wait_for_ms(self._handshake(self._clean), self._answer_ms)
+            await self._open(self._clean)
             # Once it has said that it has none, what it has the next time is a new one, until we have recorded that.
             self.session_present = self._decoder.session_present and not self._renewing
             if not self.session_present:
@@ -705,14 +710,19 @@ class Client:
             self._down.set()
             self._said.set()  # or close() would wait for it
 
+    async def _open(self, clean):
+        try:
+            await asyncio.wait_for_ms(self._handshake(clean), self._answer_ms)
+        except asyncio.TimeoutError:
+            raise OSError(errno.ETIMEDOUT, "no CONNACK within %d ms" % self._answer_ms)
+
     async def _handshake(self, clean):
         """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2), where TLS is on inside its handshake."""
-        self._stream = stream = dial(self._broker["host"], self._broker["port"], self._attempt, self._tls)
+        self._stream = stream = dial(self._addresses.next(), self._tls)
         decoder = self._decoder
         decoder.reset()
         try:
-            stream.write(self._connect_packet(clean))
-            await stream.drain()
+            await self._put(self._connect_packet(clean))
             while True:
                 kind = decoder.next()
                 if kind:
@@ -726,6 +736,7 @@ class Client:
             raise ConnectRefused(decoder.return_code)
         if clean and decoder.session_present:  # [MQTT-3.2.2-1]; it would take new identifiers for old ones
             raise ProtocolError("session present after a clean CONNECT")
+        self._addresses.good()
 
     async def _receive(self, stream):
         self._wake.set()
@@ -735,6 +746,16 @@ class Client:
         if n:
             self._decoder.fed(n)
         self._last_received = time.ticks_ms()
+
+    async def _put(self, data):
+        """Send data in pieces that a Pico W's lwIP takes without waiting, each with a turn for the loop after it."""
+        stream = self._stream
+        data = memoryview(data)
+        for off in range(0, len(data), _SEND_BYTES):
+            self._put_at = time.ticks_ms()
+            stream.write(data[off : off + _SEND_BYTES])
+            await stream.drain()
+        self._put_at = None
 
     async def _read(self):
         stream = self._stream
@@ -832,7 +853,6 @@ class Client:
             self.log.add(WARNING, why + ": messages are passed over until the next connection")
 
     async def _write(self):
-        stream = self._stream
         buf = self._send
         store = self.store
         outbox = self._outbox
@@ -851,12 +871,10 @@ class Client:
                     off += len(data)
                 if outbox and not off:  # larger than the buffer
                     large = True
-                    stream.write(outbox.pop(0))
-                    await stream.drain()
+                    await self._put(outbox.pop(0))
             off = store.fill(buf, off)
             if off:
-                stream.write(buf[:off])
-                await stream.drain()
+                await self._put(buf[:off])
             if off or large:
                 self._last_sent = time.ticks_ms()
                 self._sent.set()
@@ -864,8 +882,7 @@ class Client:
                 continue
             if self._leaving:
                 if not store.rest and not store.answers and not outbox:
-                    stream.write(DISCONNECT_BYTES)
-                    await stream.drain()
+                    await self._put(DISCONNECT_BYTES)
                     self._said.set()
                     return
             elif not off and not large:

@@ -16,7 +16,8 @@ class ProtocolError(MQTTError):
 class ConnectRefused(MQTTError):
     """CONNACK carried a return code other than 0 (MQTT 3.1.1 section 3.2.2.3).
 
-    .return_code: 1-5, or what the broker sent.
+    .return_code: 1-5, or what the broker sent.  After 3 the connection is tried again after the usual growing pause;
+    after the others, which only a person can mend, after the longest at once, for ever, for that may have happened.
     """
 
     def __init__(self, return_code):
@@ -30,6 +31,7 @@ class ConnectRefused(MQTTError):
                 4: "bad user name or password",
                 5: "not authorised",
             }.get(return_code, "return code %d" % return_code)
+            + ("" if return_code == 3 else "; it is only asked again at the longest pause")
         )
 
 

@@ -4,23 +4,64 @@ import socket
 from asyncio.stream import Stream
 from errno import EAGAIN, EINPROGRESS
 
+from micropython import const
+
 # "In progress" of ESP32 firmware that does not translate lwIP's numbers (micropython-esp32#166).
 _OLD_ESP32 = (118, 119)
+_MOST = const(8)  # addresses kept; the boards' look-up gives one
 
 
-def dial(host, port, attempt=0, tls=None):
+class Addresses:
+    """The addresses of the broker, kept: a reconnection needs no look-up, and so no name server that answers."""
+
+    def __init__(self, host, port):
+        self._host = host
+        self._port = port
+        self._infos = []
+        self._at = 0
+        self._untried = 0  # since the last look-up or good()
+
+    def next(self):
+        """Return what getaddrinfo() gave of the address whose turn it is, for dial().  Raises OSError.
+
+        The name is looked up when every address has been tried in vain; if that fails, they are tried again.  The
+        look-up blocks the event loop on every board, for seconds if no server answers; without network a Pico W
+        up to firmware 1.27 never returns from it.
+        """
+        if not self._untried:
+            try:
+                self._infos = self._look_up()
+                self._at = 0
+            except OSError:
+                if not self._infos:
+                    raise
+            self._untried = len(self._infos)
+        self._untried -= 1
+        self._at += 1
+        return self._infos[(self._at - 1) % len(self._infos)]
+
+    def good(self):
+        """The address that next() gave last leads to the broker: it comes first from now on."""
+        self._at -= 1
+        self._untried = len(self._infos)
+
+    def _look_up(self):
+        # 0.0.0.0 is what an ESP32 may give in place of an error.  (The unix port's address is no text.)
+        infos = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)
+        infos = [info for info in infos if info[4][0] != "0.0.0.0"]
+        if not infos:
+            raise OSError(-2, "no address for " + self._host)
+        return infos[:_MOST]
+
+
+def dial(info, tls=None):
     """Begin a connection and return its Stream, for hang_up(); whether it succeeds shows at the first write or read.
 
-    attempt: counts up over attempts, so that every address of the host gets its turn.  tls: a tls.TLS.
-    Raises OSError, TLSError.
-    The name look-up blocks the event loop on every board, for seconds if no server answers.
+    info: from Addresses.next().  tls: a tls.TLS.  Raises OSError, TLSError.
     """
     if tls is not None:
         tls.check_clock()
-    infos = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    if not infos:
-        raise OSError(-2, "no address for " + host)
-    family, kind, proto, _, address = infos[attempt % len(infos)]
+    family, kind, proto, _, address = info
     sock = socket.socket(family, kind, proto)
     stream = None
     try:

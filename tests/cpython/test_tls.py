@@ -316,7 +316,7 @@ def test_handshake_that_is_never_answered_ends_by_its_deadline(tmp_path, ca):
             for _ in range(2):
                 with server.accept()[0] as peer:
                     assert peer.recv(1) == b"\x16"
-                    assert device.line("failed:").startswith("TimeoutError")
+                    assert "no CONNACK within 100 ms" in device.line("failed:")
                     while peer.recv(1000):  # it hangs up
                         pass
 
