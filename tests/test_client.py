@@ -1200,6 +1200,66 @@ def test_identifiers_of_subscribe_are_none_of_a_live_message():
 # Keep-alive and links that die.
 
 
+class _Clock:
+    """In place of the client's time: goes on when told to."""
+
+    def __init__(self):
+        self.now = time.ticks_add(0, -3)  # and soon wraps
+
+    def __enter__(self):
+        client_module.time = self
+        return self
+
+    def __exit__(self, *_):
+        client_module.time = time
+
+    def ticks_ms(self):
+        return self.now
+
+    def ticks_diff(self, a, b):
+        return time.ticks_diff(a, b)
+
+    def wait(self, ms):
+        self.now = time.ticks_add(self.now, ms)
+
+
+class _Pulses(_Clock):
+    """A clock in place of the client's, whose pulse comes when told to."""
+
+    def __init__(self, client):
+        super().__init__()
+        self._client = client
+        self._due = asyncio.Event()
+        self._waits = False
+
+    def __enter__(self):
+        client_module.asyncio = self
+        return super().__enter__()
+
+    def __exit__(self, *_):
+        client_module.asyncio = asyncio
+        super().__exit__()
+        self._due.set()
+
+    def __getattr__(self, name):  # of asyncio
+        return getattr(asyncio, name)
+
+    async def sleep_ms(self, ms):
+        if ms != self._client._pulse_ms:
+            return await asyncio.sleep_ms(ms)
+        self._waits = True
+        await self._due.wait()
+        self._due.clear()
+
+    async def pulse(self, ms):
+        """Let ms pass, and a pulse come."""
+        await until(lambda: self._waits, "the pulse")
+        self.wait(ms)
+        self._waits = False
+        self._due.set()
+        await turns()
+
+
 def test_ping_goes_out_in_idle_time_and_an_answer_keeps_the_link():
     """[MQTT-3.1.2-23]"""
     async def scenario(rig):
@@ -1247,6 +1307,193 @@ def test_half_open_link_is_noticed_long_before_keep_alive_when_a_message_waits()
     play(scenario, script, start=False, keep_alive_s=3600, answer_ms=200)
 
 
+def test_half_open_link_is_noticed_also_when_only_a_subscription_waits():
+    async def scenario(rig):
+        rig.client._pulse_ms = 1
+        await rig.client.start()
+        assert await rig.client.subscribe("f", 2) == 2
+        assert rig.broker.connections == 2 and len(rig.broker.named("PINGREQ", 1)) == 1
+
+    script = [(1, "SUBSCRIBE", 0, "ignored"), (1, "PINGREQ", 0, "ignored")]
+    play(scenario, script, start=False, keep_alive_s=0, answer_ms=200)
+
+
+def test_half_open_link_is_noticed_in_bounded_time():
+    for more, waits, limit_ms in (
+        ({}, False, 45000 + 10000 + 2000),
+        ({}, True, 2 * 10000 + 3000),
+        ({"keep_alive_s": 3600}, True, 2 * 10000 + 3000),
+        ({"keep_alive_s": 20}, False, 15000 + 10000 + 2000),
+    ):
+
+        async def scenario(rig):
+            client = rig.client
+            with _Pulses(client) as clock:
+                await client.start()
+                await rig.up()
+                if waits:
+                    await client.publish("t", "a")
+                    await rig.broker.expect("PUBLISH 1 a")
+                passed_ms = 0
+                while not client.last_error:
+                    await clock.pulse(1000)
+                    passed_ms += 1000
+                    assert passed_ms <= limit_ms + 1000, (more, waits)
+                assert passed_ms > limit_ms - 3000 and "no longer answers" in str(client.last_error)
+            await rig.up(2)
+
+        options = {"answer_ms": 10000}
+        options.update(more)
+        play(scenario, [(1, "PUBLISH", 0, "ignored"), (1, "PINGREQ", 0, "ignored")], start=False, **options)
+
+
+def test_broker_that_sends_but_never_answers_is_left():
+    async def scenario(rig):
+        client = rig.client
+        client.on("#", lambda message: None)
+        with _Pulses(client) as clock:
+            await client.start()
+            await rig.up()
+            for n in range(1000):
+                await rig.broker.publish("t", b"%d" % n)
+                await until(lambda: client.received > n)
+                await clock.pulse(1000)
+                if client.last_error:
+                    break
+            assert 45 + 60 <= n <= 45 + 63, n
+            assert "no longer answers" in str(client.last_error)
+        await rig.up(2)
+
+    play(scenario, [(1, "PINGREQ", 0, "ignored")], start=False, answer_ms=10000)
+
+
+def test_broker_that_takes_nothing_more_is_left_also_while_it_sends():
+    for write in ("qos 0", "qos 1", "subscribe"):
+
+        async def scenario(rig):
+            client = rig.client
+            client.on("#", lambda message: None)
+
+            async def never():
+                await asyncio.Event().wait()
+
+            with _Pulses(client) as clock:
+                await client.start()
+                await rig.up()
+                client._stream.drain = never
+                if write == "subscribe":
+                    task = asyncio.create_task(client.subscribe("f"))
+                else:
+                    await client.publish("t", "a" * 2000, qos=int(write[4:]))
+                for n in range(100):
+                    await rig.broker.publish("t", b"%d" % n)
+                    await until(lambda: client.received > n)
+                    await clock.pulse(1000)
+                    if client.last_error:
+                        break
+                assert 10 <= n <= 12, (write, n)
+                assert "takes nothing" in str(client.last_error)
+            await rig.up(2)
+            if write == "qos 1":
+                assert await client.drain(20)
+            elif write == "subscribe":
+                assert await task == 0
+
+        play(scenario, start=False, answer_ms=10000)
+
+
+def test_answer_that_is_there_unread_after_the_loop_was_blocked_is_an_answer():
+    async def scenario(rig):
+        client = rig.client
+        with _Pulses(client) as clock:
+            await client.start()
+            await rig.up()
+            await clock.pulse(50000)
+            await rig.broker.expect("PINGREQ")
+            await clock.pulse(25000)  # blocked for so long
+            await rig.broker.send(b"\xd0\x00")
+            await until(lambda: client._ping_at is None)
+            await clock.pulse(1000)
+            await clock.pulse(1000)
+            assert client.connected and rig.broker.connections == 1
+
+    play(scenario, [(1, "PINGREQ", 1, "silent")], start=False, answer_ms=10000)
+
+
+def test_ping_that_waits_behind_a_large_message_has_its_time_from_when_it_goes_out():
+    async def scenario(rig):
+        client = rig.client
+        with _Pulses(client) as clock:
+            await client.start()
+            await rig.up()
+            drain = client._stream.drain
+            slow = asyncio.Event()
+
+            async def wait():
+                await slow.wait()
+                slow.clear()
+                await drain()
+
+            client._stream.drain = wait
+            await client.publish("t", "a" * 10000, qos=0)
+            for n in range(14):
+                await clock.pulse(9000)  # longer than the keep-alive and answer_ms together
+                slow.set()
+                await turns()
+            assert client.connected and rig.broker.connections == 1
+            await until(lambda: rig.broker.delivered or slow.set())
+            client._stream.drain = drain
+            slow.set()
+            await rig.broker.expect("PINGREQ")
+            await until(lambda: client._ping_at is None)
+            assert len(rig.broker.named("PINGREQ")) == 1 and rig.broker.connections == 1
+
+    play(scenario, start=False, answer_ms=10000)
+
+
+class Network:
+    """A link whose address can change, or be gone."""
+
+    def __init__(self):
+        self.ups = 0
+        self.has = None
+
+    async def up(self):
+        self.ups += 1
+        self.has = self.has or "10.0.0.%d" % self.ups
+
+    def address(self):
+        return self.has
+
+
+def test_connection_ends_soon_when_the_network_has_gone_or_has_another_address():
+    for address in (None, "10.0.0.99"):
+
+        async def scenario(rig):
+            client = rig.client
+            with _Pulses(client) as clock:
+                await client.start()
+                await rig.up()
+                for _ in range(5):
+                    await clock.pulse(1000)
+                assert client.connected and client._link.ups == 1
+                client._link.has = address
+                await clock.pulse(1000)
+                assert client.connected  # a state that flickers decides nothing
+                client._link.has = "10.0.0.1"
+                await clock.pulse(1000)
+                client._link.has = address
+                await clock.pulse(1000)
+                await clock.pulse(1000)
+                await until(lambda: rig.broker.closed == [1], "the end of the old connection")
+                assert "network's address" in str(client.last_error)
+            await rig.up(2)
+            assert client._link.ups == 2 and client._link.has == (address or "10.0.0.2")
+            assert list(rig.broker.links) == [2]
+
+        play(scenario, start=False, link=Network())
+
+
 def test_slow_handler_is_no_reason_to_drop_the_link():
     async def scenario(rig):
         client = rig.client
@@ -1264,6 +1511,105 @@ def test_slow_handler_is_no_reason_to_drop_the_link():
         assert rig.broker.connections == 1
 
     play(scenario, start=False)
+
+
+def test_every_failure_is_followed_by_a_pause_and_attempts_in_an_hour_are_few():
+    class Down:
+        async def up(self):
+            raise OSError("no Wi-Fi")
+
+    def no_address():
+        raise OSError(-2, "no address")
+
+    def no_memory(*_):
+        raise MemoryError("no room")
+
+    class Mute:
+        def print_exception(self, error):
+            pass
+
+    for name, script, longest in (
+        ("cut", [(0, "CONNECT", 0, "lost")], False),
+        ("cut after CONNACK", [(0, "CONNECT", 0, "answered")], False),
+        ("unavailable", [(0, "CONNECT", 0, "refuse 3")], False),
+        ("protocol version", [(0, "CONNECT", 0, "refuse 1")], True),
+        ("client_id", [(0, "CONNECT", 0, "refuse 2")], True),
+        ("password", [(0, "CONNECT", 0, "refuse 4")], True),
+        ("not authorised", [(0, "CONNECT", 0, "refuse 5")], True),
+        ("reserved", [(0, "CONNECT", 0, "refuse 77")], True),
+        ("captive portal", [(0, "CONNECT", 0, b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n")], False),
+        ("no CONNACK", [(0, "CONNECT", 0, "silent")], False),
+        ("no broker", None, False),
+        ("no link", (), False),
+        ("no address", (), False),
+        ("no memory", (), False),
+    ):
+        pauses = []
+
+        async def pause(ms, awaitable):
+            awaitable.close()
+            pauses.append(ms)
+            if sum(pauses) > 3600000:
+                rig_.client._leaving = True
+            await asyncio.sleep_ms(0)
+
+        async def scenario(rig):
+            nonlocal rig_
+            rig_ = rig
+            client = rig.client
+            client._pulse_ms = 1000000
+            if name == "no broker":
+                await rig.broker.stop()
+            elif name == "no link":
+                client._link = Down()
+            elif name == "no address":
+                client._addresses._look_up = no_address
+            elif name == "no memory":
+                client.store.connected = no_memory
+            await client.publish("t", "kept", qos=2)
+            within, client_module._within = client_module._within, pause
+            client_module.sys = Mute()
+            try:
+                await client.start()
+                await until(lambda: client._run_task.done(), name)
+            finally:
+                client_module._within = within
+                client_module.sys = sys
+            assert 60 <= len(pauses) <= 140, (name, len(pauses))
+            for n, ms in enumerate(pauses):
+                limit_ms = 60000 if longest else min(1000 << n, 60000)
+                assert limit_ms // 2 <= ms <= limit_ms, (name, pauses)
+            assert rig.broker.connections <= len(pauses)
+            assert client.store.waiting == 1, name
+
+        rig_ = None
+        play(scenario, script or (), start=False, backoff_ms=(1000, 60000), answer_ms=20)
+
+
+def test_refusal_that_only_a_person_can_mend_is_said_and_ends_when_it_is_mended():
+    for code, text in (
+        (1, "it does not speak MQTT 3.1.1; it is only asked again at the longest pause"),
+        (2, "it does not accept the client_id; it is only asked again at the longest pause"),
+        (3, "it is unavailable"),
+        (4, "bad user name or password; it is only asked again at the longest pause"),
+        (5, "not authorised; it is only asked again at the longest pause"),
+        (6, "return code 6; it is only asked again at the longest pause"),
+    ):
+
+        async def scenario(rig):
+            client = rig.client
+            assert await client.drain(20)
+            assert client.last_error.return_code == code
+            assert str(client.last_error) == "broker refused the connection: " + text
+            assert rig.broker.connections == 3
+
+        async def begin(rig):
+            await rig.client.publish("t", "kept", qos=1)
+            await rig.client.start()
+            await scenario(rig)
+
+        script = [(1, "CONNECT", 1, "refuse %d" % code), (2, "CONNECT", 1, "refuse %d" % code)]
+        play(begin, script, start=False)
 
 
 def test_broker_that_closes_is_connected_again():
@@ -2011,29 +2357,6 @@ def test_message_acknowledged_in_its_grace_is_never_programmed():
         assert not rig.client._young
 
     play(scenario, grace_ms=60000)
-
-
-class _Clock:
-    """In place of the client's time: goes on when told to."""
-
-    def __init__(self):
-        self.now = time.ticks_add(0, -3)  # and soon wraps
-
-    def __enter__(self):
-        client_module.time = self
-        return self
-
-    def __exit__(self, *_):
-        client_module.time = time
-
-    def ticks_ms(self):
-        return self.now
-
-    def ticks_diff(self, a, b):
-        return time.ticks_diff(a, b)
-
-    def wait(self, ms):
-        self.now = time.ticks_add(self.now, ms)
 
 
 def test_messages_are_recorded_when_the_grace_of_the_oldest_is_over_and_not_before():

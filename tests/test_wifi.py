@@ -161,6 +161,21 @@ def test_a_lost_link_is_made_again():
         assert up(wifi) is None and len(station().connects) == 2
 
 
+def test_address_is_none_unless_connected():
+    for board in BOARDS:
+        wifi = make(board, ["up", "up", "up", "drop"], ["connecting", "up"])
+        assert wifi.address() is None
+        up(wifi)
+        station().ifconfig(("10.0.0.7", "255.0.0.0", "10.0.0.1", "10.0.0.1"))
+        assert wifi.address() == "10.0.0.7"
+        while station().isconnected():
+            pass
+        assert wifi.address() is None
+        up(wifi)
+        station().ifconfig(("10.0.0.8", "255.0.0.0", "10.0.0.1", "10.0.0.1"))
+        assert wifi.address() == "10.0.0.8"
+
+
 def test_the_time_limit_holds_while_the_ticks_wrap():
     wifi = make("esp32", ["connecting"], ["connecting"])
     wifi.now = time.ticks_add(0, -5000)
@@ -194,6 +209,9 @@ class Stubborn:
 
     def config(self, **values):
         pass
+
+    def ifconfig(self):
+        raise OSError(12)
 
     def active(self, value):
         self._call("active")
@@ -229,7 +247,7 @@ def test_a_refused_connect_is_tried_again_after_a_pause():
     assert up(wifi) is None
     assert net.calls == ["active", "disconnect", "connect", "disconnect", "connect"]
     assert wifi.pauses.count(1000) == 2
-    assert wifi.rssi() is None  # this driver does not tell
+    assert wifi.rssi() is None and wifi.address() is None  # this driver does not tell
 
 
 def test_connect_is_never_called_without_leaving_first():

@@ -637,8 +637,11 @@ class Client:
         store = self.store
         if not store.journal.usable:
             self._remount()
+        self._address = self._put_at = None
         if self._link is not None:
             await self._link.up()
+            if hasattr(self._link, "address"):
+                self._address = self._link.address()
         tasks = ()
         try:
             if store.identity != self._identity and not self._clean:
@@ -755,6 +758,7 @@ class Client:
             self._put_at = time.ticks_ms()
             stream.write(data[off : off + _SEND_BYTES])
             await stream.drain()
+        self._last_sent = time.ticks_ms()
         self._put_at = None
 
     async def _read(self):
@@ -876,7 +880,6 @@ class Client:
             if off:
                 await self._put(buf[:off])
             if off or large:
-                self._last_sent = time.ticks_ms()
                 self._sent.set()
             elif outbox or (self._files and self._files.due):
                 continue
@@ -894,6 +897,7 @@ class Client:
         keep_alive_ms = self._keep_alive_ms
         store = self.store
         stored = -1
+        suspect = None
         while True:
             await asyncio.sleep_ms(self._pulse_ms)
             self._attempt = 0  # only a connection that holds ends the growing of the pauses
@@ -902,16 +906,22 @@ class Client:
             if self._blocked:  # nobody reads, so nothing can be said about the broker; but it is to hear from us
                 self._last_received = now
                 self._ping_at = None
+                if self._put_at is not None:
+                    self._put_at = now
+            if self._ping_at is not None and PINGREQ_BYTES in self._outbox:
+                self._ping_at = now  # it waits behind a large packet
             silent_ms = time.ticks_diff(now, self._last_received)
-            if self._ping_at is not None:
-                if time.ticks_diff(now, self._ping_at) > self._answer_ms and silent_ms > self._answer_ms:
-                    raise OSError(errno.ETIMEDOUT, "the broker no longer answers")
-            elif (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4) or (
-                (store.waiting or (self._files and self._files.upload)) and silent_ms > self._answer_ms
+            fault = self._fault(now, silent_ms)
+            if fault and suspect:
+                raise OSError(errno.ETIMEDOUT, fault)
+            suspect = fault  # not at once: the loop may have been blocked, with the answer there unread
+            if self._ping_at is None and (
+                (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4)
+                or ((store.waiting or self._requests or (self._files and self._files.upload)) and silent_ms > self._answer_ms)
             ):
                 # The second case: a link that swallows everything is noticed long before the keep-alive is over.
                 self._ping_at = now
-                self._outbox.append(PINGREQ_BYTES)
+                self._outbox.insert(0, PINGREQ_BYTES)
                 self._wake.set()
             if self._passed_over and not self._inbox and self._handling is None:
                 if not store.session.held or silent_ms >= self._pulse_ms:
@@ -921,6 +931,20 @@ class Client:
                 store.commit()
                 store.journal.idle()
             stored = store.stored
+
+    def _fault(self, now, silent_ms):
+        """Return what speaks for a connection that is dead, None if nothing does."""
+        answer_ms = self._answer_ms
+        if self._address and self._link.address() != self._address:
+            return "the network's address is gone"
+        if self._put_at is not None and time.ticks_diff(now, self._put_at) > answer_ms:
+            return "the broker takes nothing"
+        # PINGRESP comes behind all that the broker has queued for us.
+        if silent_ms <= answer_ms:
+            answer_ms *= 6
+        if self._ping_at is not None and time.ticks_diff(now, self._ping_at) > answer_ms:
+            return "the broker no longer answers"
+        return None
 
     async def _age(self):
         """Record the messages that the broker has not acknowledged within their grace."""

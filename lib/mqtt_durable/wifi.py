@@ -85,6 +85,15 @@ class Wifi:
         except (OSError, RuntimeError):
             pass
 
+    def address(self):
+        """Return the address as text, None while not connected."""
+        try:
+            if self._wlan and self._wlan.isconnected():
+                return self._wlan.ifconfig()[0]
+        except OSError:  # lost in between
+            pass
+        return None
+
     def rssi(self):
         """Return the signal strength in dBm, None while not connected."""
         try:
