@@ -78,6 +78,7 @@ class Rig:
             while not task.done():
                 task.cancel()  # again and again: before 3.12 CPython's wait_for() sometimes swallows it
                 await asyncio.sleep_ms(0)
+            client._leaving = True  # or the dispatcher would take its cancellation for a handler's failure
         client._run_task = None
 
     async def reboot(self, **more):
@@ -772,6 +773,149 @@ def test_handler_that_raises_is_counted_and_the_client_goes_on():
         assert rig.client.stats()["handler_errors"] == 2 and rig.broker.connections == 1
 
     play(scenario)
+
+
+def test_handlers_get_what_their_filter_matches_by_the_rules():
+    """[MQTT-4.7.1-2] [MQTT-4.7.1-3] [MQTT-4.7.2-1] [MQTT-4.7.3-4]"""
+    topics = ("a", "a/", "a/b", "a//b", "a/b/c", "/a", "/", "A", "b/a", "$a", "$a/b", "a/$b", "ü/€")
+    for topic_filter, matching in (
+        ("a", "a"),
+        ("a/#", "a|a/|a/b|a//b|a/b/c|a/$b"),
+        ("a/+", "a/|a/b|a/$b"),
+        ("+", "a|A"),
+        ("+/+", "a/|a/b|/a|/|b/a|a/$b|ü/€"),
+        ("/+", "/a|/"),
+        ("+/", "a/|/"),
+        ("a//b", "a//b"),
+        ("a/+/b", "a//b"),
+        ("#", "a|a/|a/b|a//b|a/b/c|/a|/|A|b/a|a/$b|ü/€"),
+        ("/#", "/a|/"),
+        ("$a", "$a"),
+        ("$a/#", "$a|$a/b"),
+        ("$a/+", "$a/b"),
+        ("+/b", "a/b"),
+        ("ü/+", "ü/€"),
+    ):
+
+        async def scenario(rig):
+            got = []
+            rig.client.on(topic_filter, lambda message: got.append(message.topic))
+            await rig.up()
+            for topic in topics:
+                await rig.broker.publish(topic, b"x")
+            await until(lambda: rig.client.received == len(topics))
+            assert got == matching.split("|"), (topic_filter, got)
+            assert rig.client.stats()["discarded"] == len(topics) - len(got)
+
+        play(scenario)
+
+
+def test_no_failure_of_a_handler_ends_the_client():
+    async def for_ever():
+        await asyncio.Event().wait()
+
+    async def cancelled():
+        task = asyncio.create_task(for_ever())
+        await asyncio.sleep_ms(0)
+        task.cancel()
+        await task
+
+    for kind in (ValueError, OSError, MemoryError, StopIteration, StopAsyncIteration, asyncio.CancelledError, None):
+
+        async def scenario(rig):
+            client = rig.client
+            got = []
+
+            def plain(message):
+                raise kind("plain")
+
+            async def coroutine(message):
+                await asyncio.sleep_ms(0)
+                if kind is None:
+                    await cancelled()
+                raise kind("coroutine")
+
+            if kind is not None:
+                client.on("plain", plain)
+            client.on("coroutine", coroutine)
+            client.on("#", lambda message: got.append(message.topic))
+            await rig.up()
+            for n, topic in enumerate(("plain", "coroutine", "other")):
+                await rig.broker.publish(topic, b"1", 1, 10 * n + 1)
+                await rig.broker.publish(topic, b"2", 2, 10 * n + 2)
+                await rig.broker.expect("PUBACK %d" % (10 * n + 1))
+                await rig.broker.expect("PUBCOMP %d" % (10 * n + 2))
+            assert got[-2:] == ["other", "other"]
+            assert client.stats()["handler_errors"] == (2 if kind is None else 4), kind
+            await client.acknowledged(await client.publish("t", "a"))
+            assert rig.broker.connections == 1
+
+        play(scenario)
+
+
+def test_slow_handler_keeps_no_acknowledgement_of_our_own_messages_waiting():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        await rig.up()
+        for n in range(1, 10):
+            await rig.broker.publish("t", b"%d" % n, 2 - n % 2, n)
+        await until(lambda: held.messages)
+        for qos in (0, 1, 2, 1, 2):
+            await client.acknowledged(await client.publish("out", "x", qos=qos))
+        assert await client.subscribe("more", 1) == 1
+        await client.unsubscribe("more")
+        assert await client.drain(20)
+        assert held.texts == ["1"] and not rig.broker.named("PUBACK") and not rig.broker.named("PUBREC")
+        held.gate.set()
+        await rig.broker.expect("PUBACK 9")
+        await rig.broker.expect("PUBCOMP 8")
+        # In the order in which the messages came.
+        assert [p.packet_id for p in rig.broker.packets if p.name in ("PUBACK", "PUBREC")] == list(range(1, 10))
+
+    play(scenario)
+
+
+def test_handler_may_publish_at_every_qos_while_window_and_journal_are_full():
+    async def scenario(rig):
+        client = rig.client
+        done = []
+        full = []
+
+        def note(original, *args):
+            try:
+                return original(*args)
+            except JournalFull:
+                full.append(True)
+                raise
+
+        async def handler(message):
+            for qos in (0, 1, 2):
+                await client.publish("out", b"%s %d" % (message.payload, qos) + b"." * 1000, qos=qos)
+            done.append(message.payload)
+
+        async def program():
+            for n in range(40):
+                await client.publish("own", b"%02d" % n + b"." * 1000)
+
+        client.on("in", handler)
+        await rig.up()
+        wrap(client.store, "publish", note)
+        task = asyncio.create_task(program())
+        await until(lambda: full and len(client.store.session.out) == 2)
+        assert not task.done()
+        for n in range(1, 4):
+            await rig.broker.publish("in", b"%d" % n, n % 3, n)
+        await until(lambda: len(full) > 1 and client._handling)
+        assert not done
+        await rig.broker.drop()
+        await until(lambda: len(done) == 3)
+        await task
+        assert await client.drain(20)
+        texts = [payload.decode()[:3] for topic, payload, qos in rig.broker.delivered if topic == "out" and qos]
+        assert texts == ["1 1", "1 2", "2 1", "2 2", "3 1", "3 2"]
+
+    play(scenario, [(1, "PUBLISH", 0, "ignored")], size=16384, when_full="wait", in_flight=2)
 
 
 def test_publish_subscribe_and_waiting_work_inside_a_handler():

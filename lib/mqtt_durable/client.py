@@ -1067,6 +1067,12 @@ class Client:
                     message.token = store.token(message._packet_id)
                 try:
                     await self._deliver(message)
+                except asyncio.CancelledError as e:
+                    # Ours comes from close() or, on CPython, from the end of the loop; else it is that of a task which
+                    # the handler has waited for.
+                    if self._leaving or getattr(asyncio.current_task(), "cancelling", int)():
+                        raise
+                    self._handler_failed(e)
                 except Exception as e:
                     self._handler_failed(e, "handler of " + message.topic)
             if message.qos:
