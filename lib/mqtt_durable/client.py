@@ -87,7 +87,8 @@ class Client:
 
     config: a dict as config.load() returns.  device: a block device for the journal in place of
     config["journal"]["home"].  prog_size: its program size in bytes.  link: what brings the network up before each
-    connection, `await link.up()`; OSError there counts as a failed attempt.  will: (topic, payload, qos, retain).
+    connection, `await link.up()`; OSError there counts as a failed attempt.  If it has link.address(), the connection
+    ends when what that returns changes.  will: (topic, payload, qos, retain).
     backoff_ms: first and longest pause between attempts; each pause is drawn from its upper half.
     answer_ms: the broker must answer CONNECT and PINGREQ within this.
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
