@@ -1547,6 +1547,98 @@ def test_broker_that_takes_nothing_more_is_left_also_while_it_sends():
         play(scenario, start=False, answer_ms=10000)
 
 
+class _Streams:
+    """Has each connection's stream given to change(number of the connection, stream) before it is used."""
+
+    def __init__(self, change):
+        self.change = change
+        self.n = 0
+
+    def __enter__(self):
+        self.dial = client_module.dial
+        client_module.dial = self._dial
+        return self
+
+    def __exit__(self, *_):
+        client_module.dial = self.dial
+
+    def _dial(self, *args):
+        stream = self.dial(*args)
+        self.n += 1
+        self.change(self.n, stream)
+        return stream
+
+
+def test_write_that_is_never_taken_ends_by_a_deadline_at_every_place():
+    for blocked in (1, 2):  # the CONNECT; the DISCONNECT that ends a clean first connection
+        drains = []
+
+        def change(number, stream):
+            async def drain(original):
+                drains.append(number)
+                if len(drains) == blocked:
+                    await asyncio.Event().wait()
+                await original()
+
+            wrap(stream, "drain", drain)
+
+        async def scenario(rig):
+            with _Streams(change):
+                await rig.client.start()
+                await rig.up(2)
+                assert rig.client.last_error is not None
+
+        play(scenario, start=False, fresh=True, answer_ms=200)
+
+
+def test_close_ends_also_when_the_broker_takes_nothing():
+    async def scenario(rig):
+        async def never():
+            await asyncio.Event().wait()
+
+        await rig.up()
+        rig.client._stream.drain = never
+        await rig.client.publish("t", "a")
+        await asyncio.wait_for_ms(rig.client.close(), 20000)
+        assert not rig.client.connected and rig.client._stream is None
+
+    play(scenario)
+
+
+def test_everything_is_written_in_pieces_that_a_pico_w_takes_with_a_turn_after_each():
+    calls = []
+
+    def change(number, stream):
+        def write(original, data):
+            calls.append(len(data))
+            original(data)
+
+        def drain(original):
+            calls.append(0)
+            return original()
+
+        wrap(stream, "write", write)
+        wrap(stream, "drain", drain)
+
+    async def scenario(rig):
+        client = rig.client
+        with _Streams(change):
+            await client.start()
+            await rig.up()
+            await client.publish("t", "0" * 3000, qos=0)
+            await client.subscribe("f" * 900)
+            for qos in (1, 2):
+                await client.acknowledged(await client.publish("t", str(qos) * 3000, qos=qos))
+            assert await client.drain(20)
+            await client.close()
+        assert max(calls) <= 800 and sum(calls) > 4 * 3000 + 900
+        assert calls[1::2] == [0] * (len(calls) // 2) and 0 not in calls[::2]
+        assert [len(payload) for _, payload, _ in rig.broker.delivered] == [3000] * 3
+        assert rig.broker.packets[0].password == "p" * 3000
+
+    play(scenario, start=False, username="u", password="p" * 3000)
+
+
 def test_answer_that_is_there_unread_after_the_loop_was_blocked_is_an_answer():
     async def scenario(rig):
         client = rig.client
@@ -1803,6 +1895,28 @@ def test_garbage_ends_the_connection_is_counted_and_loses_nothing():
             assert rig.broker.connections == 2 and rig.broker.delivered[0][1] == b"a"
 
         play(scenario, [(1, name, 1, data)], start=False)
+
+
+def test_packets_merged_and_split_anyhow_are_understood():
+    """[MQTT-7.1.2-1]"""
+    packets = [b"\xd0\x00", ack("PUBACK", 999), publish("t", b"x" * 300)]
+    packets += [publish("t", b"%d" % n, n % 3, n) for n in range(1, 13)] + [ack("PUBREL", 77)]
+    data = b"".join(packets)
+    for size in (1, 2, 3, 7, 64, 300, 301, len(data)):
+
+        async def scenario(rig):
+            got = []
+            rig.client.on("#", lambda message: got.append(message.payload))
+            await rig.up()
+            for at in range(0, len(data), size):
+                await rig.broker.send(data[at : at + size])
+                if size < 300:
+                    await asyncio.sleep_ms(0)
+            await rig.broker.expect("PUBCOMP 77")
+            await until(lambda: len(got) == 13)
+            assert got[1:] == [b"%d" % n for n in range(1, 13)] and rig.broker.connections == 1
+
+        play(scenario, [(0, "PUBREC", 0, "silent")])
 
 
 def test_fault_in_a_connection_task_makes_a_new_connection():
