@@ -264,6 +264,65 @@ def test_half_open_link_is_noticed_and_left():
         asyncio.run(scenario(link, other))
 
 
+def test_delayed_link_in_pieces_loses_and_doubles_nothing():
+    async def scenario(link, other):
+        got = []
+        async with make(link.port) as client:
+            client.on("in", lambda message: got.append(message.payload.decode()))
+            await client.subscribe("in", 2)
+            for n in range(20):
+                await client.publish("out", str(n), qos=1 + n % 2)
+                await client.publish("in", str(n), qos=2)
+            await settled(client)
+            await until(lambda: len(got) == 20)
+            assert got == [str(n) for n in range(20)] and client.connections == 1
+        await until(lambda: len(other.payloads) == 20)
+        assert sorted(other.payloads, key=int) == got
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker) as other:
+        other.subscribe("out")
+        link.delay(30)
+        link.chunk(5)
+        asyncio.run(scenario(link, other))
+
+
+class Wifi:
+    """A link that has come back with another address: what the old connection carries goes nowhere."""
+
+    def __init__(self):
+        self.has = "10.0.0.1"
+
+    async def up(self):
+        pass
+
+    def address(self):
+        return self.has
+
+
+def test_old_connection_does_not_linger_when_the_network_has_another_address():
+    async def scenario(link, other):
+        wifi = Wifi()
+        async with make(link.port, link=wifi) as client:
+            client._pulse_ms = 20
+            for n in range(3):
+                await client.publish("out", "%d" % n, qos=2)
+                await settled(client)
+                link.swallow()
+                await client.publish("out", "%d swallowed" % n, qos=2)
+                wifi.has = "10.0.0.%d" % (n + 2)
+                await until(lambda: not client.connected, "the end of the old connection")
+                assert "network's address" in str(client.last_error)
+                link.accept()
+                await settled(client)
+                await asyncio.to_thread(link.wait, lambda counts: counts["closed_by_device"] > n)
+        await until(lambda: len(other.payloads) == 6)
+        assert other.payloads == [text % n for n in range(3) for text in ("%d", "%d swallowed")]
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker) as other:
+        other.subscribe("out")
+        asyncio.run(scenario(link, other))
+
+
 def test_wrong_password_is_refused_again_and_again_until_it_is_right():
     async def scenario(broker):
         nor = Nor(65536)
