@@ -918,7 +918,7 @@ class Client:
             suspect = fault  # not at once: the loop may have been blocked, with the answer there unread
             if self._ping_at is None and (
                 (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4)
-                or ((store.waiting or self._requests or (self._files and self._files.upload)) and silent_ms > self._answer_ms)
+                or (silent_ms > self._answer_ms and self._is_owed())
             ):
                 # The second case: a link that swallows everything is noticed long before the keep-alive is over.
                 self._ping_at = now
@@ -946,6 +946,10 @@ class Client:
         if self._ping_at is not None and time.ticks_diff(now, self._ping_at) > answer_ms:
             return "the broker no longer answers"
         return None
+
+    def _is_owed(self):
+        """Whether the broker has something to answer."""
+        return self.store.waiting or self._requests or (self._files and self._files.upload)
 
     async def _age(self):
         """Record the messages that the broker has not acknowledged within their grace."""
