@@ -873,7 +873,7 @@ def test_years_left_follow_from_the_erases_so_far():
         asyncio.run(scenario())
         stats = client.stats()
         journal = client.store.journal
-        client._up_ms = 365.25 * 86400000 * 2  # as if that had taken two years
+        client.log._up_ms = 365.25 * 86400000 * 2  # as if that had taken two years
         years = client.stats()["journal_years_left"]
         blocks = client._device.sharing()
         assert blocks > 30 and stats["journal_erases"] == journal.seq >= journal.erases > 2
