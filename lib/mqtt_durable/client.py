@@ -1070,6 +1070,7 @@ class Client:
                 self.received += 1
                 if message.qos == 2:
                     message.token = store.token(message._packet_id)
+                where = "handler of " + message.topic
                 try:
                     await self._deliver(message)
                 except asyncio.CancelledError as e:
@@ -1077,9 +1078,9 @@ class Client:
                     # the handler has waited for.
                     if self._leaving or getattr(asyncio.current_task(), "cancelling", int)():
                         raise
-                    self._handler_failed(e)
+                    self._handler_failed(e, where)
                 except Exception as e:
-                    self._handler_failed(e, "handler of " + message.topic)
+                    self._handler_failed(e, where)
             if message.qos:
                 while self.connected and not store.can_answer:
                     await self._room()

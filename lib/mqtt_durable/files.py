@@ -9,7 +9,6 @@ of up to 768 bytes, the erasing of a flash block included.
 import asyncio
 import errno
 import os
-import time
 
 from .errors import JournalFull, ProtocolError
 from .packet import PUBACK, PUBREL, check_topic, matches, put_publish_head
@@ -236,7 +235,6 @@ class Upload:
     async def send(self):
         """Send the whole packet.  Raises OSError if that cannot be: the connection is of no more use then."""
         client = self._client
-        stream = client._stream
         buf = client._send
         self.due = False
         client.store.hold = False
@@ -256,12 +254,11 @@ class Upload:
                 off = put_publish_head(head, 0, first, self._topic, self.packet_id, left)
             else:
                 off = put_publish_head(head, 0, first, self._topic, 0, left - 2) - 2  # no packet identifier
-            stream.write(memoryview(head)[:off])
+            piece = memoryview(head)[:off]
             while True:
                 self.sent = not left  # before it is known: the PUBACK may be quicker
-                await stream.drain()
-                # As long as the other side takes bytes the link is alive.
-                client._last_sent = client._last_received = time.ticks_ms()
+                await client._put(piece)
+                client._last_received = client._last_sent  # as long as the other side takes bytes the link is alive
                 if not left:
                     break
                 try:
@@ -272,7 +269,7 @@ class Upload:
                     self.end(False, e)
                     raise
                 left -= n
-                stream.write(buf[:n])
+                piece = buf[:n]
             if not self.packet_id:
                 self.end(True)
         finally:
