@@ -354,7 +354,10 @@ class Journal(Ring):
                 doubt = 0 if self._sums else 1
                 if begins:
                     # The page behind may have been the one that was torn, visibly or not.
-                    junk = max(junk, min(off + self._length(sector << 12 | off), _SECTOR))
+                    stop = off + self._length(sector << 12 | off)
+                    if self._sums:  # where it shows, all of its page does: every mount must come to the same
+                        stop = -(-stop // _PAGE) * _PAGE
+                    junk = max(junk, min(stop, _SECTOR))
                 begins = False
             off += n
             if filler != 0xFF:
