@@ -1612,3 +1612,15 @@ def test_in_a_clean_session_a_qos_2_message_goes_out_again_until_its_pubcomp():
         again.on_ack(PUBREC, 2)
         again.on_ack(PUBCOMP, 2)
         assert not again.waiting and _sent(again) == [(0x62, 2, None)]
+
+
+def test_a_subscription_however_long_never_makes_a_journal_full_in_which_nothing_waits():
+    for unit in _UNITS:
+        for filter_size in (200, 900, 2000):
+            nor, store = _begin(unit, sectors=16)
+            store.subscribed("f" * filter_size, 1, 1)
+            for _ in range(60):
+                packet_id = store.publish("t", b"x" * 3200, 1)
+                _bytes(store)
+                store.on_ack(PUBACK, packet_id)
+            assert store.granted("f" * filter_size, 1) == 1

@@ -414,7 +414,7 @@ class Recall:
                     n += self._payload_at() - 4 - (journal.buf[0] & 8)
             size += journal.room_for(n)
         for topic_filter in self._filters(sector):
-            size += journal.room_for(4 * len(topic_filter))
+            size += journal.room_for(len(topic_filter.encode()))
         return size
 
     def carry(self, sector, whole):

@@ -605,7 +605,7 @@ class Ring:
         if doubt:
             limit = most - size - self.room_for(_HELP)
             laps = 2 if self._ways_out(order[1:2], size) else 1
-        for k in range(1, min(laps, self.sectors - 1 - reserve)):
+        for k in range(1, min(laps, self.sectors - reserve)):
             live = self._live(order[k], False)
             if not 0 <= live <= most:
                 break
