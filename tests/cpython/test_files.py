@@ -21,7 +21,7 @@ from proxy import DOWN, UP, Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60
-HEAP = "256k"
+HEAP = "512k"  # of 64-bit objects, and the library is compiled in it; half of what is received and sent
 SIZE = 1 << 20
 CONTENT = random.Random(4).randbytes(SIZE)
 
