@@ -135,7 +135,7 @@ class Board:
 
 
 def header(seq):
-    head = pack("<HBBII", 0x4A4D, 0x22, 0xFF, seq, 0x12345678)
+    head = pack("<HBBII", 0x4A4D, 0x32, 0xFF, seq, 0x12345678)
     return head + pack("<I", crc32(head))
 
 

@@ -26,26 +26,27 @@ if __name__ == "__main__":
 
 SECTOR = 4096
 PAGE = 256
-VERSION = 2
+VERSION = 3
+VERSIONS = [VERSION << 4 | log2 for log2 in (2, 4, 8)]  # in headers: with the unit
 IDS = 65023  # packet identifiers of messages are 1 to this
 AHEAD = 1024  # an identifier is newer than another if it is at most this much ahead
 NOWHERE = 0xFFFFFFFF
 ENDURANCE = 100000  # erases that a sector of NOR flash is good for
 
-PUB, SUB, FACTS, UNSUB, SESSION = 0x10, 0x20, 0x30, 0x32, 0x33
+PUB, FACTS, SESSION, SUBS = 0x10, 0x30, 0x33, 0x34
 TAIL, SNAP, CLOSE, OPEN = 0x60, 0x61, 0xF0, 0xF1
-NAMES = {FACTS: "FACTS", UNSUB: "UNSUB", SESSION: "SESSION", TAIL: "TAIL", SNAP: "SNAP", CLOSE: "CLOSE", OPEN: "OPEN"}
+NAMES = {FACTS: "FACTS", SESSION: "SESSION", SUBS: "SUBS", TAIL: "TAIL", SNAP: "SNAP", CLOSE: "CLOSE", OPEN: "OPEN"}
 ENTRIES = {1: "DONE", 2: "RELEASED", 3: "RECEIVED", 4: "INDONE", 5: "UPTO", 6: "ASKED", 7: "TOLD", 8: "DROPPED"}
 ENTRY_BYTES = {1: 3, 2: 3, 3: 5, 4: 3, 5: 7, 6: 3, 7: 3, 8: 9}
 RELEASED = 3
-SNAPSHOT = "<IIHIBqHHHIBHB"
-SNAPSHOT_BYTES = 37
+SNAPSHOT = "<IIHIBqHHHIBH"
+SNAPSHOT_BYTES = 36
 
 # What a stretch of a sector is good for, each with its character in picture() and its words.
 USES = {
     "message": ("#", "message that waits"),
     "topic": ("t", "finished message whose topic others refer to"),
-    "subscription": ("s", "subscription"),
+    "subscriptions": ("s", "subscriptions"),
     "snapshot": ("@", "snapshot that counts"),
     "fact": ("+", "facts behind the snapshot"),
     "past": (":", "over: finished, superseded, in a dead sector"),
@@ -182,7 +183,7 @@ class Sector:
             return
         size = 48 if seal == 0xFE else 16
         good = crc == crc32(data[:12] + data[16:size])
-        if not good or seal not in (0xFF, 0xFE) or version not in (0x22, 0x24, 0x28) or not 0 < seq < 0x3FFFFFFF:
+        if not good or seal not in (0xFF, 0xFE) or version not in VERSIONS or not 0 < seq < 0x3FFFFFFF:
             return
         self.seq = seq
         self.journal_id = journal_id
@@ -222,7 +223,7 @@ class Sector:
         if crc != crc32(data[off : off + size], seed):
             return None
         whole = -(-(size + 4) // self.unit) * self.unit
-        name = "PUB" if kind & 0xF0 == PUB else "SUB" if kind & 0xF0 == SUB else NAMES.get(kind, "0x%02x" % kind)
+        name = "PUB" if kind & 0xF0 == PUB else NAMES.get(kind, "0x%02x" % kind)
         record = Slice(self, off, whole, name, kind, arg, data[off + 4 : off + size])
         if name == "PUB":
             record.read_pub()
@@ -350,7 +351,7 @@ class Journal:
         self.window = set()  # of the newest snapshot
         self.messages = {}
         self.inbound = set()
-        self.subscriptions = {}  # topic filter -> [requested QoS, granted QoS, position]
+        self.subs = None  # the record of all subscriptions
         self.base = None
         # In the head the newest snapshot is enough; if it has none that reads back, go on from an older TAIL.
         for sector in reversed(self.members):
@@ -381,18 +382,16 @@ class Journal:
                 self._take_snapshot(record)
         elif kind & 0xF0 == PUB:
             self._take_publish(record)
-        elif kind & 0xF0 == SUB:
-            self.subscriptions[str(body, "utf-8")] = [kind >> 2 & 3, kind & 3, record.pos]
         elif kind == FACTS:
             for entry, packet_id, more in entries(body):
                 self._take_entry(entry, packet_id, more)
-        elif kind == UNSUB:
-            self.subscriptions.pop(str(body, "utf-8"), None)
+        elif kind == SUBS:
+            self.subs = record if subscriptions(body) else None
         elif kind == SESSION:
             self.identity, self.received = struct.unpack_from("<IH", body)
             self.messages = {p: m for p, m in self.messages.items() if m[0] != RELEASED}
             self.inbound.clear()
-            self.subscriptions.clear()
+            self.subs = None
             self.asked = False
 
     def _take_snapshot(self, record):
@@ -403,14 +402,12 @@ class Journal:
         self.newest = state["newest"]
         self.received = state["received"]
         self.inbound = set(state["inbound"])
-        self.subscriptions = {}
-        for pos, requested, granted in state["subscriptions"]:
-            sub = self.at(pos)
-            if sub is None or sub.kind & 0xF0 != SUB:
-                text = "%s: a subscription is at 0x%x, but no SUB reads back there"
-                self.problems.append(text % (record.where, pos))
-                continue
-            self.subscriptions[str(sub.body, "utf-8")] = [requested, granted, pos]
+        pos = state["subscriptions"]
+        self.subs = None if pos is None else self.at(pos)
+        if pos is not None and (self.subs is None or self.subs.kind != SUBS):
+            self.subs = None
+            text = "%s: the subscriptions are at 0x%x, but no SUBS reads back there"
+            self.problems.append(text % (record.where, pos))
         self.messages = {}
         over = set()
         for packet_id, pos, how in state["window"]:
@@ -477,7 +474,7 @@ class Journal:
         elif entry == 7:
             self.asked = False
             if packet_id:
-                self.subscriptions.clear()
+                self.subs = None
         elif entry == 8 and self.newest is not None:
             count = ahead(more[0], packet_id)
             for gone in [p for p in self.messages if 0 < ahead(p, packet_id) <= count]:
@@ -508,7 +505,7 @@ class Journal:
             for record in sector.records:
                 try:
                     record.words = self._words(record)
-                except (struct.error, IndexError):
+                except (struct.error, IndexError, UnicodeDecodeError):
                     record.words = "a body that cannot be"
                 record.fate = "over"
                 if sector not in self.members or not self._counts(record):
@@ -518,16 +515,18 @@ class Journal:
             if record.kind in (TAIL, SNAP):
                 record.use = "snapshot" if record is self.base else "past"
                 record.fate = "all is known from here" if record is self.base else "over"
-            elif record.name in ("FACTS", "UNSUB", "SESSION", "OPEN", "CLOSE"):
+            elif record.name in ("FACTS", "SESSION", "OPEN", "CLOSE"):
                 record.use = "fact"
         self._judge_messages()
-        for topic_filter, (requested, granted, pos) in self.subscriptions.items():
-            sub = self.at(pos)
-            sub.use = "subscription"
-            sub.fate = "counts"
-            if (requested, granted) != (sub.kind >> 2 & 3, sub.kind & 3):
-                self.problems.append("%s: the snapshot has another QoS for %s" % (sub.where, topic_filter))
+        if self.subs:
+            self.subs.use = "subscriptions"
+            self.subs.fate = "counts"
         self._judge_sectors()
+
+    @property
+    def subscriptions(self):
+        """Topic filter -> (requested QoS, granted QoS)."""
+        return subscriptions(self.subs.body) if self.subs else {}
 
     def _judge_messages(self):
         for sector in self.members:
@@ -631,12 +630,11 @@ class Journal:
             else:
                 out.append("topic %s%s" % (topic, "" if owner is r else " (at 0x%03x)" % owner.off))
             return ", ".join(out) + ", " + brief(r.payload)
-        if r.name == "SUB":
-            return "%s, QoS %d asked, %d granted" % (brief(body), r.kind >> 2 & 3, r.kind & 3)
         if r.kind == FACTS:
             return "; ".join([entry_words(*e) for e in entries(body)])
-        if r.kind == UNSUB:
-            return brief(body)
+        if r.kind == SUBS:
+            words = ["%s, QoS %d asked, %d granted" % (f, *how) for f, how in subscriptions(body).items()]
+            return "; ".join(words) or "none"
         if r.kind == SESSION:
             return "identity %08X, received %d" % struct.unpack_from("<IH", body)
         if r.kind in (TAIL, SNAP):
@@ -725,7 +723,7 @@ def position(pos):
 def snapshot(body):
     """The fields of a TAIL or SNAP as a dict; struct.error if it is too short."""
     fields = struct.unpack_from(SNAPSHOT, body)
-    oldest, void_seq, void_from, identity, flags, mark, newest, taken, received, cursor, outs, held, subs = fields
+    oldest, void_seq, void_from, identity, flags, mark, newest, taken, received, cursor, outs, held = fields
     at = SNAPSHOT_BYTES
     window = []
     for _ in range(outs):
@@ -734,7 +732,7 @@ def snapshot(body):
         at += 6
     inbound = struct.unpack_from("<%dH" % held, body, at)
     at += 2 * held
-    places = struct.unpack_from("<%dI" % subs, body, at)
+    subscribed = struct.unpack_from("<I", body, at)[0] if flags & 4 else None
     return {
         "oldest": oldest,
         "void_seq": void_seq,
@@ -748,8 +746,19 @@ def snapshot(body):
         "cursor": None if cursor == NOWHERE else cursor,
         "window": window,
         "inbound": inbound,
-        "subscriptions": [(where >> 4, where >> 2 & 3, where & 3) for where in places],
+        "subscriptions": subscribed,
     }
+
+
+def subscriptions(body):
+    """Topic filter -> (requested QoS, granted QoS) of a SUBS; struct.error or UnicodeDecodeError if it cannot be."""
+    found = {}
+    at = 0
+    while at < len(body):
+        how, size = struct.unpack_from("<BH", body, at)
+        found[struct.unpack_from("%ds" % size, body, at + 3)[0].decode()] = how >> 2, how & 3
+        at += 3 + size
+    return found
 
 
 def snapshot_words(body):
@@ -773,8 +782,8 @@ def snapshot_words(body):
     out.append("window " + (", ".join(window) if window else "empty"))
     if s["inbound"]:
         out.append("inbound " + " ".join(map(str, s["inbound"])))
-    if s["subscriptions"]:
-        out.append("subscriptions at " + " ".join([position(where) for where, _, _ in s["subscriptions"]]))
+    if s["subscriptions"] is not None:
+        out.append("subscriptions at " + position(s["subscriptions"]))
     return "; ".join(out)
 
 

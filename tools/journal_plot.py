@@ -11,7 +11,7 @@ from journal import ENDURANCE, RELEASED, ROLES, SECTOR, USES, plural, position, 
 COLOURS = {
     "message": "#d6454f",
     "topic": "#eda3a0",
-    "subscription": "#8e4fb0",
+    "subscriptions": "#8e4fb0",
     "snapshot": "#1f5fa8",
     "fact": "#5aa0dc",
     "past": "#b9c1c7",
@@ -25,7 +25,7 @@ COLOURS = {
 LABELS = {
     "message": "message that waits",
     "topic": "finished, topic in use",
-    "subscription": "subscription",
+    "subscriptions": "subscriptions",
     "snapshot": "snapshot that counts",
     "fact": "facts behind it",
     "past": "over",

@@ -518,7 +518,7 @@ def facts(store):
         "mark": store.mark,
         "received": store.received,
         "identity": store.identity,
-        "subscriptions": sorted((f, store.subscriptions[f] & 15) for f in store.subscriptions),
+        "subscriptions": sorted(store.subscriptions.items()),
     }
 
 

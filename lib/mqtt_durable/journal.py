@@ -34,7 +34,7 @@ from .ring import Ring
 _SECTOR = const(4096)
 _PAGE = const(256)
 _MAGIC = const(0x4A4D)
-_VERSION = const(2)
+_VERSION = const(3)
 _HEADER = const(16)
 _SEALED = const(48)
 _OVERHEAD = const(8)
@@ -44,6 +44,7 @@ _SNAP = const(0x61)  # a snapshot like TAIL's, in front of a CLOSE
 _CLOSE = const(0xF0)  # orderly shutdown; arg: where the snapshot is in units of 4 bytes, | 0x8000: one erased ahead
 _OPEN = const(0xF1)
 _AHEAD = const(0x8000)
+_RESIDUE = const(0x2144DF1C)  # the CRC, from whatever seed, of bytes and the CRC of these that follows them
 
 
 class Journal(Ring):
@@ -114,33 +115,35 @@ class Journal(Ring):
         finally:
             self._cells = None
         self.seq = self._seqs[self._head]
+        self._measure()
 
     def _mount(self, owner):
         units, ids = self._read_headers(owner)
         seqs = array("I", self._seqs)
-        if self._find_close(units, ids):
+        order = [s for s in reversed(self._by_age()) if seqs[s]]
+        if self._find_close(units, ids, order):
             self._usable = self._closed = True
             return True
         self._ready = -1
-        self.fresh = not self._find_head(units, ids, seqs)
+        self.fresh = not self._find_head(units, ids, seqs, order)
         if self.fresh:
             owner.restore(b"")
             self._make()
             return True
         # Half erased or half programmed, a header or a TAIL may be read differently the next time.  Another journal's
         # sectors only when it is certain that this one counts.
-        foreign = [s for s in range(self.sectors) if seqs[s] and not self._is_ours(s, units, ids)]
-        self._disown_all(foreign)
+        ours = self._ours(units, ids)
+        self._disown_all([s for s in range(self.sectors) if ours[s] or not seqs[s]])
         self._off = self._end
         if not self._settle():
             return False
-        self._disown_all([s for s in range(self.sectors) if s not in foreign])
+        self._disown_all([s for s in range(self.sectors) if seqs[s] and not ours[s]])
         self._usable = True
         return True
 
-    def _disown_all(self, but):
-        for s in range(self.sectors):
-            if not self._seqs[s] and s != self._void and s != self._ready and s not in but:
+    def _disown_all(self, sectors):
+        for s in sectors:
+            if not self._seqs[s] and s != self._void and s != self._ready:
                 self._disown(s)
 
     def format(self, owner):
@@ -151,6 +154,7 @@ class Journal(Ring):
         dead = self._by_age()[0] if self._usable else -1
         self._read_headers(owner)
         self._make(dead)
+        self._measure()
 
     def _make(self, victim=-1):
         if victim < 0:
@@ -164,7 +168,6 @@ class Journal(Ring):
         self._void_seq = 0
         for s in range(self.sectors):
             self._seqs[s] = 0
-        self._measure()
         self._put_header(victim)
         self._switch(victim, -1)
         self._write(_OPEN, 0)
@@ -175,6 +178,12 @@ class Journal(Ring):
 
     def _is_ours(self, s, units, ids):
         return ids[s] == self._id and units[s] & 0x1FF == self._unit
+
+    def _ours(self, units, ids):
+        """By sector: whether its header is of this journal."""
+        unique = self._id
+        unit = self._unit
+        return [ids[s] == unique and units[s] & 0x1FF == unit for s in range(self.sectors)]
 
     def _read_headers(self, owner):
         """Begin anew: fill _seqs; return the units and journal ids of all sectors, 0 without a valid header."""
@@ -196,7 +205,8 @@ class Journal(Ring):
             if magic != _MAGIC or version not in (_VERSION << 4 | 2, _VERSION << 4 | 4, _VERSION << 4 | 8):
                 continue
             sealed = flags == 0xFE
-            if crc == crc32(head[_HEADER:] if sealed else b"", crc32(head[:12])) and seq < 0x3FFFFFFF:
+            good = crc32(head[:_HEADER]) == _RESIDUE if not sealed else crc == crc32(head[_HEADER:], crc32(head[:12]))
+            if good and seq < 0x3FFFFFFF:
                 self._seqs[s] = seq
                 ids[s] = unique
                 units[s] = 1 << (version & 15) | (0x200 if sealed else 0)
@@ -214,11 +224,9 @@ class Journal(Ring):
             self._seen = sector
         if self._sums:
             self._sums[:] = self._cells[_HEADER:_SEALED]
-        self._measure()
 
-    def _find_close(self, units, ids):
+    def _find_close(self, units, ids, order):
         """After an orderly shutdown: take up its snapshot and return True."""
-        order = [s for s in reversed(self._by_age()) if self._seqs[s]]
         for s in order[:2]:
             if units[s] & 0x1FF < self._prog_size:
                 return False
@@ -254,21 +262,26 @@ class Journal(Ring):
     def _last_record(self, sector):
         """The position of the CLOSE that ends what is programmed in a sector, loaded; -1 if something else does."""
         off = _SECTOR
-        page = self.buf
+        cells = self._cells
         self._touched = False
         while off and not self._touched:
             off -= _PAGE
-            page[:] = self._cells[off : off + _PAGE]
-            if off:
-                self._touched = self._gap(off)[1] != 0xFF if self._sums else page != self._page1
+            if off and self._sums:
+                self.buf[:] = cells[off : off + _PAGE]
+                self._touched = self._gap(off)[1] != 0xFF
+            elif off:
+                self._touched = cells[off : off + _PAGE] != self._page1
         if not off and self._first == _PAGE:
             return -1
         if self._sums:  # what is not blank in this page cannot be seen
             tries = range(off + _PAGE - self.room_for(0), max(off, self._first) - 1, -self._unit)
         else:
-            n = _PAGE
-            while page[n - 1] == 0xFF:
-                n -= 1
+            n = _PAGE  # a page that is not blank as a whole
+            step = _PAGE // 2
+            while step:
+                if cells[off + n - step : off + n] == self._page1[:step]:
+                    n -= step
+                step >>= 1
             tries = (off + self._pad(n) - self.room_for(0),)
         for at in tries:
             if at >= self._first and self.load(sector << 12 | at):
@@ -301,61 +314,73 @@ class Journal(Ring):
         """
         off = end = junk = begin = tail_end = self._first
         damaged = doubt = flawed = 0
-        last = last_kind = last_arg = 0
-        last_crc = -1
+        last = last_kind = last_arg = last_stop = 0
         begins = True  # whether a record may begin at off
-        self._tail_at = -1
+        tail_at = self._tail_at = -1
         replay = self._owner.replay
         buf = self.buf
         unit = self._unit
+        sums = self._sums
         seed = self._seed(sector)
         cells = self._cells
+        base = sector << 12
         while off < _SECTOR:
             kind = cells[off]
             arg = cells[off + 2]
             high = cells[off + 3]
             if cells[off + 1] == kind ^ arg ^ high ^ 0xA5:
                 arg |= high << 8
-                stop = off + 4 if kind >= 0x80 else off + 4 + arg
-                crc = crc32(cells[off:stop], seed)
-                if stop + 4 <= _SECTOR and crc == unpack_from("<I", cells, stop)[0]:
-                    if crc != last_crc or kind != last_kind or arg != last_arg:  # not the same once more
-                        last_crc = crc
+                stop = off + 8 if kind >= 0x80 else off + 8 + arg
+                if stop <= _SECTOR and crc32(cells[off:stop], seed) == _RESIDUE:
+                    if (
+                        cells[stop - 1] != cells[last_stop - 1]
+                        or kind != last_kind
+                        or arg != last_arg
+                        or cells[stop - 4 : stop] != cells[last_stop - 4 : last_stop]
+                    ):  # not the same once more
                         last_kind = kind
                         last_arg = arg
+                        last_stop = stop
                         begin = end
                         flawed = 0
-                    last = sector << 12 | off
-                    flawed += doubt
-                    damaged += doubt
-                    doubt = 0
+                    if doubt:
+                        flawed += 1
+                        damaged += 1
+                        doubt = 0
+                    last = base | off
                     begins = True
-                    if kind <= _SNAP:
+                    end = junk = stop + unit - 1 & -unit
+                    if kind < _TAIL and tail_at >= 0 or kind == _TAIL or kind == _SNAP:
                         # As load() does.
-                        n = min(stop - off, _PAGE)
+                        n = stop - off
+                        if n > _PAGE:
+                            n = _PAGE
+                            self._crc = unpack_from("<I", cells, stop - 4)[0]
                         buf[:n] = cells[off : off + n]
-                        self._crc = crc
-                    off = stop + 3 + unit & -unit
-                    end = junk = off
-                    if kind < _TAIL:
-                        if self._tail_at >= 0:
+                        if kind < _TAIL:
                             replay(kind, last)
-                    elif kind <= _SNAP:
-                        if kind == _TAIL:
-                            tail_end = end
-                        self._restore(last)
+                        else:
+                            if kind == _TAIL:
+                                tail_end = end
+                            self._restore(last)
+                            tail_at = self._tail_at
+                    off = end
                     continue
-            n = min(_PAGE, _SECTOR - off)
-            buf[:n] = cells[off : off + n]
-            n, filler = self._gap(off)
+            n = unit
+            filler = -1
+            run = sums or (not kind or kind == 0xFF) and cells[off + 1] == kind
+            if run or begins:
+                n = min(_PAGE, _SECTOR - off)
+                buf[:n] = cells[off : off + n]
+                n, filler = self._gap(off) if run else (unit, -1)
             if filler >= 0:  # zeros are what an earlier mount made of a torn record
                 begins = True
             else:
-                doubt = 0 if self._sums else 1
+                doubt = 0 if sums else 1
                 if begins:
                     # The page behind may have been the one that was torn, visibly or not.
-                    stop = off + self._length(sector << 12 | off)
-                    if self._sums:  # where it shows, all of its page does: every mount must come to the same
+                    stop = off + self._length(base | off)
+                    if sums:  # where it shows, all of its page does: every mount must come to the same
                         stop = -(-stop // _PAGE) * _PAGE
                     junk = max(junk, min(stop, _SECTOR))
                 begins = False
@@ -368,7 +393,7 @@ class Journal(Ring):
         self._last = last
         self._last_kind = last_kind
         self._last_arg = last_arg
-        self._last_crc = last_crc
+        self._last_crc = unpack_from("<I", cells, last_stop - 4)[0] if last_stop else -1
         self._flawed = flawed
         self._tail_end = tail_end
         return damaged
@@ -388,21 +413,21 @@ class Journal(Ring):
                 return 0
         return self.room_for(head[2] | head[3] << 8 if head[0] < 0x80 else 0)
 
-    def _find_head(self, units, ids, seqs):
+    def _find_head(self, units, ids, seqs, order):
         """Find the newest sector that counts and replay it, see _scan(); return whether there is one.
 
-        seqs: of all sectors.  In _seqs only those remain that hold something.
+        seqs: of all sectors; order: those with one, the newest first.  In _seqs only those remain that hold something.
         """
         unfinished = []
         found = None
-        for s in sorted(range(self.sectors), key=lambda s: -seqs[s]):
-            if not seqs[s] or units[s] & 0x1FF < self._prog_size or found and not self._is_ours(s, units, ids):
+        for s in order:
+            if units[s] & 0x1FF < self._prog_size or found and not self._is_ours(s, units, ids):
                 continue
             self._enter(s, units, ids)
             self._void = -1
+            ours = self._ours(units, ids)
             for other in range(self.sectors):
-                ours = self._is_ours(other, units, ids) and other not in unfinished
-                self._seqs[other] = seqs[other] if ours else 0
+                self._seqs[other] = seqs[other] if ours[other] and other not in unfinished else 0
             if not found:
                 self._head = s
                 self._off = _SECTOR

@@ -13,10 +13,9 @@ from .session import DONE, INDONE, RECEIVED, REL, RELEASED, Session
 
 # Kinds of records.  The two low nibbles are the record's own.
 _PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: identifier, reference, mark, perhaps topic, payload
-_SUB = const(0x20)  # | requested QoS << 2 | granted QoS: a topic filter the broker has acknowledged
 _FACTS = const(0x30)  # entries
-_UNSUB = const(0x32)  # a topic filter that is no longer subscribed
 _SESSION = const(0x33)  # identity u32, received u16: a new session at the broker begins
+_SUBS = const(0x34)  # all subscriptions: requested QoS << 2 | granted QoS u8, length u16, topic filter
 
 # Entries beside those of session.
 UPTO = const(5)  # all messages up to this identifier are finished; the position of the next one that is not
@@ -25,12 +24,12 @@ TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether o
 DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
 _SIZES = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
 
-_FORMAT = "<IBqHHHIBHB"  # identity, 1: has a mark | 2: asked, mark, newest, taken, received, cursor, how many of each
-_FORMAT_BYTES = const(27)
+# identity, 1: has a mark | 2: asked | 4: subscribed, mark, newest, taken, received, cursor, messages, inbound identifiers
+_FORMAT = "<IBqHHHIBH"
+_FORMAT_BYTES = const(26)
 _NOWHERE = const(0xFFFFFFFF)
 _UNSAID = const(63)  # the distance that says nothing
 _HELD = const(64)  # inbound identifiers that a message of the largest size leaves room for in a snapshot
-_SUBS = const(32)  # subscriptions that are stored
 _IDS = const(65023)  # as in session
 _LAZY = const(16)  # DONEs that may be missing after a cut
 
@@ -42,7 +41,7 @@ class Recall:
         self.journal = journal
         self.session = Session(in_flight)
         self._most = in_flight + _LAZY  # in the window when replayed: lazy DONEs may be missing
-        self.max_state = _FORMAT_BYTES + 6 * self._most + 2 * _HELD + 4 * _SUBS
+        self.max_state = _FORMAT_BYTES + 6 * self._most + 2 * _HELD + 4
         self.lost = 0
         self._mounting = False
 
@@ -50,8 +49,7 @@ class Recall:
         """Take up a snapshot; forget all else."""
         session = self.session
         session.clear()
-        self._subscriptions = {}
-        self._places = []  # of subscriptions whose records are still to be read
+        self._forget_subscriptions()
         self.mark = None
         self.identity = 0
         self.received = 0  # QoS 2 messages received, modulo 65536
@@ -72,38 +70,54 @@ class Recall:
             cursor,
             outs,
             helds,
-            subs,
         ) = unpack_from(_FORMAT, state)
         self._cursor = -1 if cursor == _NOWHERE else cursor
         self.mark = mark if flags & 1 else None
         self._asked = bool(flags & 2)
         i = _FORMAT_BYTES
+        out = session.out
         for _ in range(outs):
             packet_id, where = unpack_from("<HI", state, i)
-            session.out[packet_id] = where
+            out[packet_id] = where
             i += 6
         for _ in range(helds):
             session.held.add(unpack_from("<H", state, i)[0])
             i += 2
-        for _ in range(subs):
-            self._places.append(unpack_from("<I", state, i)[0])
-            i += 4
+        if flags & 4:
+            self._found_subscriptions(unpack_from("<I", state, i)[0])
         self._look_for_oldest()
+
+    def _forget_subscriptions(self):
+        self._subs = {}
+        self._subs_at = -1
+
+    def _found_subscriptions(self, pos):
+        self._subs = None  # read when they are asked for
+        self._subs_at = pos
 
     @property
     def subscriptions(self):
-        """Topic filter -> position << 4 | requested QoS << 2 | granted QoS, of those the broker has acknowledged."""
-        while self._places:
-            where = self._places.pop(0)
-            if self.journal.load(where >> 4) and self.journal.buf[0] & 0xF0 == _SUB:
-                body = self.journal.body(where >> 4)
-                if body is not None:  # else it will be made again
-                    self._subscriptions[str(body, "utf-8")] = where
-        return self._subscriptions
+        """Topic filter -> requested QoS << 2 | granted QoS, of those the broker has acknowledged."""
+        if self._subs is None:
+            subs = self._subs = {}
+            journal = self.journal
+            body = None
+            if journal.load(self._subs_at) and journal.buf[0] == _SUBS:
+                body = journal.body(self._subs_at)
+            if body is None:  # they will be made again
+                self._subs_at = -1
+                return subs
+            i = 0
+            while i < len(body):
+                at = i + 3
+                n = body[i + 1] | body[i + 2] << 8
+                subs[str(body[at : at + n], "utf-8")] = body[i]
+                i = at + n
+        return self._subs
 
     def state_size(self):
         session = self.session
-        return _FORMAT_BYTES + 6 * len(session.out) + 2 * len(session.held) + 4 * len(self.subscriptions)
+        return _FORMAT_BYTES + 6 * len(session.out) + 2 * len(session.held) + 4 * (self._subs_at >= 0)
 
     def state(self):
         session = self.session
@@ -121,15 +135,15 @@ class Recall:
         for packet_id in session.held:
             pack_into("<H", state, i, packet_id)
             i += 2
-        for where in self.subscriptions.values():
-            pack_into("<I", state, i, where)
+        if self._subs_at >= 0:
+            pack_into("<I", state, i, self._subs_at)
             i += 4
         pack_into(
             _FORMAT,
             state,
             0,
             self.identity,
-            (mark is not None) | self._asked << 1,
+            (mark is not None) | self._asked << 1 | (self._subs_at >= 0) << 2,
             mark or 0,
             session.newest,
             self._taken,
@@ -137,7 +151,6 @@ class Recall:
             self._cursor & _NOWHERE,
             outs,
             len(session.held),
-            len(self.subscriptions),
         )
         return state if i == len(state) else state[:i]
 
@@ -226,14 +239,32 @@ class Recall:
 
     def replay(self, kind, pos):
         if kind & 0xF0 == _PUB:
-            self._replay_publish(kind, pos)
-        elif kind & 0xF0 == _SUB:
-            self._places.append(pos << 4 | kind & 15)
+            buf = self.journal.buf
+            session = self.session
+            out = session.out
+            packet_id = buf[4] | buf[5] << 8
+            distance = buf[6] & 63
+            before = (packet_id - 2) % _IDS + 1
+            last = (packet_id - distance - 2) % _IDS + 1  # all up to this one are finished
+            if session.newest == before == self._taken and not (kind & 8 or self._unknown) and len(out) < self._most:
+                # The usual case: nothing waits behind the window.
+                session.newest = self._taken = packet_id
+                out[packet_id] = pos << 2 | kind >> 1 & 3
+                if last == self._upto % _IDS + 1 and distance != _UNSAID:
+                    self._upto = last
+                    out.pop(last, None)
+                    return
+            else:
+                self._replay_publish(kind, pos, packet_id, before)
+            if distance != _UNSAID and last != self._upto:
+                self._finish(last, -1)
         elif kind == _FACTS:
             self._replay_facts(self.journal.body(pos) or b"")
-        elif kind == _UNSUB:
-            topic_filter = str(self.journal.body(pos) or b"", "utf-8")  # before any other record is read
-            self.subscriptions.pop(topic_filter, None)
+        elif kind == _SUBS:
+            if self.journal.buf[2] or self.journal.buf[3]:
+                self._found_subscriptions(pos)
+            else:
+                self._forget_subscriptions()
         elif kind == _SESSION:
             self.identity, self.received = unpack_from("<IH", self.journal.buf, 4)
             self._renew()
@@ -246,32 +277,11 @@ class Recall:
         for packet_id in gone:
             if self._is_queued(packet_id):
                 out[packet_id] = 0
-        self.subscriptions.clear()
+        self._forget_subscriptions()
         self._asked = False
         return gone
 
-    def _replay_publish(self, kind, pos):
-        buf = self.journal.buf
-        session = self.session
-        out = session.out
-        packet_id = buf[4] | buf[5] << 8
-        distance = buf[6] & 63
-        before = (packet_id - 2) % _IDS + 1
-        last = (packet_id - distance - 2) % _IDS + 1  # all up to this one are finished
-        if session.newest == before == self._taken and not (kind & 8 or self._unknown) and len(out) < self._most:
-            # The usual case: nothing waits behind the window.
-            session.newest = self._taken = packet_id
-            out[packet_id] = pos << 2 | kind >> 1 & 3
-            if last == self._upto % _IDS + 1 and distance != _UNSAID:
-                self._upto = last
-                out.pop(last, None)
-                return
-        else:
-            self._replay_any_publish(kind, pos, packet_id, before)
-        if distance != _UNSAID and last != self._upto:
-            self._finish(last, -1)
-
-    def _replay_any_publish(self, kind, pos, packet_id, before):
+    def _replay_publish(self, kind, pos, packet_id, before):
         session = self.session
         out = session.out
         newest = session.newest
@@ -359,7 +369,7 @@ class Recall:
             elif record == TOLD:
                 self._asked = False
                 if packet_id:
-                    self.subscriptions.clear()
+                    self._forget_subscriptions()
             else:  # DROPPED
                 self._take_to(packet_id)
                 last = entries[i + 3] | entries[i + 4] << 8
@@ -389,9 +399,6 @@ class Recall:
                 pos = behind
         return found
 
-    def _filters(self, sector):
-        return [f for f in self.subscriptions if self.subscriptions[f] >> 16 == sector]
-
     def live(self, sector, whole):
         journal = self.journal
         if self.queued and not whole:
@@ -413,8 +420,8 @@ class Recall:
                 if journal.load(at):
                     n += self._payload_at() - 4 - (journal.buf[0] & 8)
             size += journal.room_for(n)
-        for topic_filter in self._filters(sector):
-            size += journal.room_for(len(topic_filter.encode()))
+        if self._subs_at >> 12 == sector:
+            size += journal.room_for(max(0, journal.load(self._subs_at) - 8))
         return size
 
     def carry(self, sector, whole):
@@ -455,14 +462,15 @@ class Recall:
                 session.out[packet_id] = moved[where >> 2] << 2 | where & 3
         if self.queued and self._cursor >> 12 == sector:
             self._cursor = journal.start_of(journal.head)
-        for topic_filter in self._filters(sector):
-            where = self.subscriptions[topic_filter]
+        if self._subs_at >> 12 == sector:
             try:
-                self.subscriptions[topic_filter] = journal.copy(where >> 4) << 4 | where & 15
+                self._subs_at = journal.copy(self._subs_at)
             except JournalCorrupt:
-                del self.subscriptions[topic_filter]  # it will be made again
+                self._forget_subscriptions()  # they will be made again
 
     def moved(self, kind, body):
+        if kind == _SUBS:
+            self._forget_subscriptions()
         if kind & 0xF0 != _PUB:
             return body
         packet_id = body[0] | body[1] << 8
@@ -485,8 +493,8 @@ class Recall:
 
     def oldest(self):
         sectors = {where >> 14 for where in self.session.out.values() if where > 3 and where & 3 != REL}
-        for where in self.subscriptions.values():
-            sectors.add(where >> 16)
+        if self._subs_at >= 0:
+            sectors.add(self._subs_at >> 12)
         if self.queued and self._cursor >= 0:
             sectors.add(self._cursor >> 12)
         return min([self.journal.seq_of(sector << 12) for sector in sectors]) if sectors else None

@@ -15,7 +15,7 @@ from .errors import JournalCorrupt, JournalFull, JournalUnavailable
 _SECTOR = const(4096)  # erase size of every supported part
 _PAGE = const(256)  # one program call stays inside one page: a cut tears one page at most
 _MAGIC = const(0x4A4D)  # "MJ"
-_VERSION = const(2)
+_VERSION = const(3)
 _HEADER = const(16)
 _SEALED = const(48)  # the header where erased flash does not read 0xFF: a 16-bit sum of each blank page follows
 _OVERHEAD = const(8)  # record header 4, CRC 4
@@ -258,7 +258,7 @@ class Ring:
         if filler == 0 or filler == 0xFF:
             same = self._page1 if filler else bytes(128)
             run = 0
-            step = 128
+            step = 128 if n > 16 and buf[16] == filler else 16
             while step >= self._unit:
                 if run + step <= n and buf[run : run + step] == same[:step]:
                     run += step

@@ -19,17 +19,16 @@ from .recall import ASKED, DROPPED, TOLD, UPTO, Recall
 from .session import DONE, PUB1, RECEIVED, REL
 
 _PUB = const(0x10)
-_SUB = const(0x20)
 _FACTS = const(0x30)
-_UNSUB = const(0x32)
 _SESSION = const(0x33)
+_SUBS = const(0x34)
 
 _PENDING = const(48)
 _LONGEST = const(9)  # bytes of the longest entry
 _LAZY = const(16)
 _ANSWERS = const(256)
 _MOST_QUEUED = const(60000)  # of 65023 packet identifiers
-_SUBS = const(32)
+_MOST_SUBS = const(32)  # subscriptions that are stored
 _TOPICS = const(8)  # of which it is known where they stand in the newest sector
 _GRACE_BYTES = const(2048)  # payloads that wait in RAM, see settle()
 _APART = const(960)  # identifiers between two records, see _keeps(): 1024 less a window
@@ -531,7 +530,7 @@ class Store(Recall):
         too.  The next CONNACK says "session present" then, but the subscriptions are gone.
         """
         self._doubt = self._asked
-        if self.subscriptions and not self._asked:
+        if self._subs_at >= 0 and not self._asked:
             self._ready()
             self._note(ASKED, 0)
             self.commit()
@@ -552,7 +551,7 @@ class Store(Recall):
             self._note(TOLD, self._doubt)
             if self._doubt:
                 self.commit()
-                self.subscriptions.clear()
+                self._forget_subscriptions()
             self._asked = False
         self._take_up_sent()
         self._resend = self.session.order()
@@ -666,20 +665,35 @@ class Store(Recall):
 
     def granted(self, topic_filter, qos):
         """The QoS the broker granted to this very subscription, None if it has not acknowledged it."""
-        where = self.subscriptions.get(topic_filter)
-        return where & 3 if where is not None and where >> 2 & 3 == qos else None
+        found = self.subscriptions.get(topic_filter)
+        return found & 3 if found is not None and found >> 2 == qos else None
 
     def subscribed(self, topic_filter, qos, granted):
-        """SUBACK came.  Losing this record only makes a SUBSCRIBE again; so it is for more than 32."""
-        if topic_filter in self.subscriptions or len(self.subscriptions) < _SUBS:
-            pos = self.journal.append(_SUB | qos << 2 | granted, (topic_filter.encode(),))
-            self.subscriptions[topic_filter] = pos << 4 | qos << 2 | granted
+        """SUBACK came.  Losing this only makes a SUBSCRIBE again; so it is for more than 32, or 3 KB, of them."""
+        subs = dict(self.subscriptions)
+        subs[topic_filter] = qos << 2 | granted
+        if len(subs) <= _MOST_SUBS:
+            self._record_subscriptions(subs)
 
     def unsubscribing(self, topic_filter):
         """To be called before UNSUBSCRIBE goes out: afterwards nobody may believe in the subscription."""
         if topic_filter in self.subscriptions:
-            self.journal.append(_UNSUB, (topic_filter.encode(),))
-            del self.subscriptions[topic_filter]
+            subs = dict(self.subscriptions)
+            del subs[topic_filter]
+            self._record_subscriptions(subs)
+
+    def _record_subscriptions(self, subs):
+        body = bytearray()
+        for topic_filter, how in subs.items():
+            text = topic_filter.encode()
+            body += pack("<BH", how, len(text))
+            body += text
+        if len(body) <= self.journal.max_body:
+            pos = self.journal.append(_SUBS, (body,))
+            self._found_subscriptions(pos)
+            self._subs = subs
+            if not subs:
+                self._subs_at = -1
 
     # -- records
 

@@ -159,7 +159,7 @@ def summary(journal):
         "mark": journal.mark,
         "inbound": sorted(journal.inbound),
         "received": journal.received,
-        "subscriptions": {f: (asked, granted) for f, (asked, granted, _) in journal.subscriptions.items()},
+        "subscriptions": journal.subscriptions,
     }
 
 
@@ -174,7 +174,7 @@ def facts(store):
         "mark": store.mark,
         "inbound": sorted(session.held),
         "received": store.received,
-        "subscriptions": {f: (where >> 2 & 3, where & 3) for f, where in store.subscriptions.items()},
+        "subscriptions": {f: (how >> 2, how & 3) for f, how in store.subscriptions.items()},
     }
 
 
@@ -378,7 +378,7 @@ def test_dump_shows_every_record_in_words(tmp_path):
     ages = [int(age) for age in re.findall(r"^sector .* age (\d+)", out, re.M)]
     assert ages == sorted(ages, reverse=True) and ages[-1] == 0
     for text in (
-        "journal 5A5A5A5A: format version 2, 4 sectors",
+        "journal 5A5A5A5A: format version 3, 4 sectors",
         "id 208, QoS 2, mark 208, distance 15, topic plant/7/humidity",
         "topic küche/licht",
         "<- waits",
