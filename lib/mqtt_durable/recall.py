@@ -24,7 +24,7 @@ TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether o
 DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
 _SIZES = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
 
-# identity, 1: has a mark | 2: asked | 4: subscribed, mark, newest, taken, received, cursor, messages, inbound identifiers
+# identity, 1: has a mark | 2: asked | 4: subscribed, mark, newest, taken, received, cursor, messages, inbound ids
 _FORMAT = "<IBqHHHIBH"
 _FORMAT_BYTES = const(26)
 _NOWHERE = const(0xFFFFFFFF)
