@@ -489,9 +489,8 @@ class Encrypted:
     def __init__(self, nor):
         self.nor = nor
         # Decrypting is slow: what was read last, as it stood in the cells and as plain text.
-        self._known = bytearray(nor.size // _BLOCK)
-        self._cells = bytearray(nor.size)
-        self._plain = bytearray(nor.size)
+        self._cells = bytearray(b"\xff" * nor.size)
+        self._plain = bytearray(_erased_text(nor.size))
 
     def readblocks(self, n, buf, off=0):
         """Read len(buf) bytes from sector n, off bytes into it; may run on into the next sectors."""
@@ -523,15 +522,33 @@ class Encrypted:
         return bytes(data)
 
     def _decrypt(self, block, data):
+        at = block * _BLOCK
+        if self._cells[at : at + len(data)] == data:
+            data[:] = self._plain[at : at + len(data)]
+            return
+        erased = _erased_text(self.nor.size)
         for i in range(0, len(data), _BLOCK):
-            at = block * _BLOCK
             cells = bytes(data[i : i + _BLOCK])
-            if not self._known[block] or self._cells[at : at + _BLOCK] != cells:
-                self._known[block] = 1
+            if self._cells[at : at + _BLOCK] != cells:
                 self._cells[at : at + _BLOCK] = cells
-                self._plain[at : at + _BLOCK] = _decrypt(block, cells)
+                if cells == _ERASED:
+                    self._plain[at : at + _BLOCK] = erased[at : at + _BLOCK]
+                else:
+                    self._plain[at : at + _BLOCK] = _decrypt(block, cells)
             data[i : i + _BLOCK] = self._plain[at : at + _BLOCK]
             block += 1
+            at += _BLOCK
+
+
+_ERASED = b"\xff" * _BLOCK
+_erased_texts = {}  # by size
+
+
+def _erased_text(size):
+    """What erased flash reads as."""
+    if size not in _erased_texts:
+        _erased_texts[size] = b"".join([_decrypt(block, _ERASED) for block in range(size // _BLOCK)])
+    return _erased_texts[size]
 
 
 def _round(half, key):
