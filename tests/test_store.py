@@ -510,6 +510,20 @@ def test_subscriptions_survive_until_they_are_ended():
         assert store.granted("a/+", 1) is None and store.granted("b/#", 2) == 0
 
 
+def test_subscriptions_beyond_what_is_stored_are_made_again_and_harm_no_other():
+    for unit in _UNITS:
+        nor, store = _begin(unit)
+        for n in range(32):
+            store.subscribed("f%d" % n, 1, 1)
+        store.subscribed("f32", 1, 1)  # too many
+        store.unsubscribing("f0")
+        store.subscribed("g" * 3800, 1, 1)  # too long
+        store.subscribed("f1", 2, 2)  # known, with another QoS
+        for store in (store, _open(nor)):
+            assert [n for n in range(33) if store.granted("f%d" % n, 1) == 1] == list(range(2, 32))
+            assert store.granted("f1", 2) == 2 and store.granted("f1", 1) is None and store.granted("g" * 3800, 1) is None
+
+
 def test_a_connect_without_answer_puts_the_subscriptions_in_doubt():
     for restart, laps in ((False, 0), (True, 0), (True, 40000)):
         nor, store = _begin()
