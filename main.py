@@ -10,6 +10,9 @@ meanwhile, so handlers it has set with client.on() are still set.  Five crashes 
 a bad configuration, no place for the journal, the end of app.main() and Ctrl-C all lead to the REPL, the client closed
 in order and the watchdog fed; main() there starts again.
 
+Ctrl-T on the console has the statistics printed, as one line (`make watch` asks for them that way); all other keys but
+Ctrl-C are passed over.
+
 With a section "sleep" in the configuration the board is awake only for a moment at a time: see Device.cycle().  Then
 the end of app.main() means that it has published, and a crash too is followed by sleep.
 """
@@ -33,6 +36,8 @@ _CRASHES = 5
 _RESET_AFTER_S = 30
 _STALLED_MS = 300000  # of the client's tasks, whose longest pause between two steps is two minutes
 _POLL_MS = 50
+_CTRL_T = b"\x14"  # BSD's key for status
+_KEYS = 64  # most in a second that are looked at
 _CLOSING_MS = 20000  # close() takes 4 s, a name look-up in the way 14 s
 
 ENDED = "the application has ended"
@@ -124,6 +129,7 @@ def _run(device):
     try:
         return loop.run_until_complete(task)
     except KeyboardInterrupt:
+        device.listening = False  # what follows the Ctrl-C is for the REPL
         # Ctrl-C mostly strikes while the loop waits, outside every task: they are all still there to be ended.
         # Where it strikes this very task, the task has closed the client before passing it on: CPython says done(),
         # MicroPython refuses to cancel it with a RuntimeError.
@@ -207,6 +213,8 @@ class Device:
         self._uptime_ms = 0
         self._ticks = self.ticks_ms()
         self._builtin = None
+        self.keys = Keys()
+        self.listening = False  # to the keys: only while the client runs
 
     async def run(self):
         """Start the client and keep the application running; return why it ended.
@@ -222,9 +230,13 @@ class Device:
                 # Not before: formatting a large journal takes longer than any pause a running program may make.
                 watchdog.guard()
                 print("main.py: client", self.client.client_id)
-                if self.config["sleep"]:
-                    return await self.cycle(self.application)
-                return await self.supervise(self.application)
+                self.listening = True
+                try:
+                    if self.config["sleep"]:
+                        return await self.cycle(self.application)
+                    return await self.supervise(self.application)
+                finally:
+                    self.listening = False
         finally:
             pulse.cancel()
             await asyncio.sleep(0)  # for it to end within the loop
@@ -315,7 +327,41 @@ class Device:
             if self.client.stalled_ms() < _STALLED_MS:
                 watchdog.alive()
             self.uptime_s()
+            self._obey_keys()
             await self.sleep_ms(_PULSE_MS)
+
+    def _obey_keys(self):
+        for _ in range(_KEYS):
+            key = self.listening and self.keys.read()
+            if key == _CTRL_T:
+                print("main.py: stats", json.dumps(dict(self.client.stats(), connected=self.client.connected)))
+            if not key:
+                break
+
+
+class Keys:
+    """The keys that are pressed on the console; none where it cannot be asked."""
+
+    def __init__(self):
+        self._poll = None
+        try:
+            import select
+
+            poll = select.poll()
+            poll.register(sys.stdin, select.POLLIN)
+            self._poll = poll
+        except (ImportError, AttributeError, OSError, TypeError, ValueError):
+            pass
+
+    def read(self):
+        """Return the next key as bytes, b"" if there is none.  Does not wait."""
+        key = b""
+        try:
+            if self._poll and self._poll.poll(0):
+                key = sys.stdin.buffer.read(1)
+        except OSError:
+            pass
+        return key or b""
 
 
 class Builtin:

@@ -491,6 +491,76 @@ def test_ctrl_c_in_the_application_closes_the_client():
     assert why == "Ctrl-C" and Client.last.log == ["start", "close"]
 
 
+class Keyboard:
+    """In the place of Keys."""
+
+    def __init__(self, pressed):
+        self.pressed = [bytes((key,)) for key in pressed]
+
+    def read(self):
+        return self.pressed.pop(0) if self.pressed else b""
+
+
+def test_ctrl_t_on_the_console_prints_the_statistics_and_other_keys_are_passed_over():
+    made = device()
+    made.client.connected = True
+    made.keys = Keyboard(b"x\x14\r")
+
+    async def pressing(client):
+        await made.clock.sleep_ms(1500)
+        made.keys.pressed.append(b"\x14")
+        await made.clock.sleep_ms(1000)
+        return None
+
+    _, lines = quietly(run, made, App(pressing))
+    answers = [json.loads(line[15:]) for line in lines if line.startswith("main.py: stats ")]
+    assert answers == [{"published": 0, "connected": True}] * 2
+    assert made.keys.pressed == []
+
+
+def test_what_is_typed_before_the_client_runs_or_behind_a_ctrl_c_is_left_for_others():
+    made = device()
+    made.keys = Keyboard(b"\x02\x01")
+    left = []
+
+    class Closing(Client):
+        async def __aenter__(self):
+            made._obey_keys()
+            left.append(len(made.keys.pressed))
+            made.keys.pressed.clear()
+            return await super().__aenter__()
+
+        async def __aexit__(self, *args):
+            made._obey_keys()
+            left.append(len(made.keys.pressed))
+            await super().__aexit__(*args)
+
+    async def interrupted(client):
+        made.keys.pressed.append(b"\x02")
+        raise KeyboardInterrupt
+
+    made.client = Closing(CONFIG)
+    try:
+        quietly(with_app, App(interrupted), main._run, made)
+    except KeyboardInterrupt:
+        pass
+    assert left == [2, 1] and not made.listening
+
+
+def test_a_console_that_cannot_be_asked_has_no_keys():
+    class Ended:
+        buffer = None
+
+    class Without:
+        stdin = Ended()
+
+    main.sys = Without
+    try:
+        assert main.Keys().read() == b""
+    finally:
+        main.sys = sys
+
+
 def test_ctrl_c_in_another_task_closes_the_client():
     async def elsewhere():
         raise KeyboardInterrupt
