@@ -3,12 +3,12 @@
     journal.py dump FILE              every sector from the oldest to the newest, every record in words, a summary
     journal.py check FILE             exit 0 if all that counts reads back; else 1, with a line for each problem
     journal.py plot FILE -o OUT.svg   a picture: the ring, and each sector with its records
-    journal.py pull FILE --port PORT  save the journal of a board to FILE, through mpremote
+    journal.py pull FILE --port PORT  save the journal of a board to FILE
 
 FILE is the journal's sectors one after the other, as in a partition or pulled by this tool, or a file of norsim.py,
 whose counters then tell the wear.  dump, check and plot take --port PORT in place of FILE and read the board at once.
-The client on the board must not be running meanwhile: mpremote stops it, and the board stays at its REPL until it is
-reset.  Exit 2: wrong usage, nothing to read, or no journal there.
+The client on the board must not run meanwhile: it is ended in order, and the board's program started again afterwards.
+Exit 2: wrong usage, nothing to read, or no journal there.
 
 A reader of its own, written from lib/FORMAT.md: it shares no code with lib/, so each is a check of the other.
 """
@@ -16,7 +16,6 @@ A reader of its own, written from lib/FORMAT.md: it shares no code with lib/, so
 import argparse
 import base64
 import struct
-import subprocess
 import sys
 from binascii import crc32
 from pathlib import Path
@@ -968,64 +967,81 @@ pull()
 """
 
 
-def mpremote(port):
-    """The command that runs PULL on the board at port."""
-    return [sys.executable, "-m", "mpremote", "connect", port, "exec", PULL]
+class Pulled:
+    """What PULL prints on a board, taken in as it comes.  progress: called with (bytes so far, bytes in all)."""
 
+    def __init__(self, progress=None):
+        self._progress = progress
+        self._rest = b""
+        self._home = None
+        self._size = 0
+        self._data = bytearray()
+        self._refusal = None
+        self._other = []
+        self._ended = False
 
-def pull(command, progress=None):
-    """Run a command that runs PULL on a board; return (home, data).  Raises NoJournal.
+    def feed(self, data):
+        self._rest += data
+        if b"\n" in data:
+            *lines, self._rest = self._rest.split(b"\n")
+            for line in lines:
+                self._take(line.decode(errors="replace").strip())
 
-    progress: called with (bytes so far, bytes in all).
-    """
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as e:
-        raise NoJournal("%s: %s" % (command[0], e))
-    home = None
-    size = 0
-    data = bytearray()
-    other = []
-    ended = False
-    with process:
-        for line in process.stdout:
-            what, _, rest = line.strip().partition(" ")
-            try:
-                if what == "=":
-                    home, _, rest = rest.rpartition(" ")
-                    size = int(rest)
-                elif what == "+" and home:
-                    data += base64.b64decode(rest, validate=True)
-                    if progress:
-                        progress(len(data), size)
-                elif what == "!":
-                    process.wait()
-                    raise NoJournal("the board says: " + rest)
-                elif what == "." and home:
-                    ended = True
-                elif line.strip():
-                    other.append(line.strip())
-            except ValueError:
-                other.append(line.strip())
-    if not ended or len(data) != size:
-        why = "; ".join(other[-3:]) or "%d of %d bytes came" % (len(data), size)
-        if "ImportError" in why and "mqtt_durable" in why:
-            why += " (is mqtt_durable on the board?)"
-        raise NoJournal("nothing could be pulled: " + why)
-    return home, bytes(data)
+    def _take(self, line):
+        what, _, rest = line.partition(" ")
+        try:
+            if what == "=":
+                self._home, _, rest = rest.rpartition(" ")
+                self._size = int(rest)
+            elif what == "+" and self._home:
+                self._data += base64.b64decode(rest, validate=True)
+                if self._progress:
+                    self._progress(len(self._data), self._size)
+            elif what == "!":
+                self._refusal = rest
+            elif what == "." and self._home:
+                self._ended = True
+            elif line:
+                self._other.append(line)
+        except ValueError:
+            self._other.append(line)
+
+    def end(self):
+        """Return (home, data).  Raises NoJournal unless all of it has come."""
+        if self._refusal:
+            raise NoJournal("the board says: " + self._refusal)
+        if not self._ended or len(self._data) != self._size:
+            why = "; ".join(self._other[-3:]) or "%d of %d bytes came" % (len(self._data), self._size)
+            raise NoJournal("nothing could be pulled: " + why)
+        return self._home, bytes(self._data)
 
 
 def from_board(port):
+    """Return the journal of the board at port, which is started again afterwards.  Raises NoJournal."""
+    from board import Board, NoBoard  # only here: a file is looked into without pyserial, too
+
     tty = sys.stderr.isatty()
-    print("%s: stopping the program and reading its journal" % port, file=sys.stderr)
 
     def progress(done, size):
         if tty:
             print("\r%d of %d KiB " % (done // 1024, size // 1024), end="", file=sys.stderr, flush=True)
 
-    home, data = pull(mpremote(port), progress)
-    text = "%s%d bytes from %s; the board is at its REPL: start it with mpremote connect %s reset"
-    print(text % ("\r" if tty else "", len(data), home, port), file=sys.stderr)
+    pulled = Pulled(progress)
+    try:
+        with Board(port) as board:
+            port = board.port
+            print("%s: stopping the program and reading its journal" % port, file=sys.stderr)
+            board.stop()
+            try:
+                board.run(PULL, pulled.feed)
+                home, data = pulled.end()
+            finally:
+                board.start()
+    except NoBoard as e:
+        hint = " (is mqtt_durable on the board? make deploy)" if "ImportError" in str(e) else ""
+        raise NoJournal("nothing could be pulled: %s%s" % (e, hint))
+    text = "%s%d bytes from %s; the board's program starts again"
+    print(text % ("\r" if tty else "", len(data), home), file=sys.stderr)
     return data
 
 
@@ -1043,7 +1059,7 @@ def arguments():
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("file", nargs=None if name == "pull" else "?", metavar="FILE")
-        command.add_argument("--port", required=name == "pull", help="a board, as mpremote connect takes it")
+        command.add_argument("--port", required=name == "pull", help="serial port of a board, auto: the only one")
         if name in ("dump", "plot"):
             command.add_argument("--per-day", type=float, metavar="N", help="messages a day: tells the years left")
         if name == "plot":

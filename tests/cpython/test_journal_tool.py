@@ -443,14 +443,15 @@ def test_picture_of_a_replay():
 # -- from a board
 
 
-def board(interpreter, program, tmp_path):
-    """The command that runs program as mpremote would on a board whose file system is tmp_path."""
+def said_by(interpreter, program, tmp_path):
+    """What a program prints on a board whose file system is tmp_path."""
     lib = [str(ROOT / "lib")]
     if interpreter == sys.executable:
         start = "import sys; sys.path[:0] = %r; import host; host.install()\n" % ([str(ROOT / "tools/shim")] + lib)
     else:
         start = "import sys; sys.path[:0] = %r\n" % lib
-    return [interpreter, "-c", "import os; os.chdir(%r)\n" % str(tmp_path) + start + program]
+    command = [interpreter, "-c", "import os; os.chdir(%r)\n" % str(tmp_path) + start + program]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
 
 
 def interpreters():
@@ -463,8 +464,9 @@ def test_pull_reads_the_home_that_config_json_names(tmp_path):
     (tmp_path / "here.bin").write_bytes(golden(256))
     for interpreter in interpreters():
         steps = []
-        command = board(interpreter, tool.PULL, tmp_path)
-        assert tool.pull(command, lambda *at: steps.append(at)) == ("file:here.bin", golden(256)), interpreter
+        pulled = tool.Pulled(lambda *at: steps.append(at))
+        pulled.feed(said_by(interpreter, tool.PULL, tmp_path))
+        assert pulled.end() == ("file:here.bin", golden(256)), interpreter
         assert steps[-1] == (32768, 32768)
 
 
@@ -480,7 +482,9 @@ def test_pull_makes_no_journal_where_there_is_none(tmp_path):
             (tmp_path / "config.json").unlink(missing_ok=True)
             if config is not None:
                 (tmp_path / "config.json").write_text(json.dumps(config))
-            error = raises(tool.NoJournal, tool.pull, board(interpreter, tool.PULL, tmp_path))
+            pulled = tool.Pulled()
+            pulled.feed(said_by(interpreter, tool.PULL, tmp_path))
+            error = raises(tool.NoJournal, pulled.end)
             assert why in str(error), (interpreter, str(error))
             assert sorted(p.name for p in tmp_path.iterdir()) in ([], ["config.json"])
 
@@ -488,8 +492,10 @@ def test_pull_makes_no_journal_where_there_is_none(tmp_path):
 def test_pull_that_stops_half_way_is_an_error(tmp_path):
     line = "+ " + base64.b64encode(bytes(512)).decode()
     for said in ("= file:x 16384\n%s\n" % line, "", "mpremote: no device found", "= file:x 512\n+ ???\n.\n"):
-        error = raises(tool.NoJournal, tool.pull, [sys.executable, "-c", "print(%r)" % said])
-        assert "nothing could be pulled" in str(error)
+        pulled = tool.Pulled()
+        for byte in said.encode():  # as they come from a board
+            pulled.feed(bytes((byte,)))
+        assert "nothing could be pulled" in str(raises(tool.NoJournal, pulled.end))
 
 
 def test_pull_without_a_board_says_so(tmp_path):
