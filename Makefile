@@ -1,6 +1,7 @@
 # Every command a person or CI runs; bare `make` lists them.
 #
 # PYTHON=path        the Python 3.10+ that .venv is made from (default python3)
+# PORT=...           the board's serial port; not needed when there is only one
 # MICROPYTHON=path   a MicroPython unix port other than .venv's, for example the system's own package
 
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo soak powercut journal pull-journal size lint package clean need-mosquitto need-micropython
+.PHONY: help setup test test-cpython test-upy demo soak powercut journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,8 +51,24 @@ bench-journal: $(VENV) need-micropython ## flash, CPU and heap the journal costs
 journal: $(VENV) ## dump, check or plot a journal: ARGS="dump FILE", "plot FILE -o OUT.svg", "check --port PORT"
 	@$(PY) tools/journal.py $(or $(ARGS),--help)
 
-pull-journal: $(VENV) ## save the journal of the board at PORT= to FILE= (journal.bin); its client must not be running
-	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),$(error PORT=... is missing))
+config: $(VENV) ## make config.json by questions, or KEY=value such as wifi.ssid=home broker.host=10.0.0.2; asks the broker
+	@$(PY) tools/configure.py --make $(if $(FILE),--file $(FILE))
+
+check-config: $(VENV) ## whether config.json, or FILE=, is as the device wants it
+	@$(PY) tools/configure.py --check $(if $(FILE),--file $(FILE))
+
+flash: $(VENV) ## MicroPython onto a BOARD=esp32 or pico_w at PORT=; FIRMWARE=file, ERASE=1
+	@$(PY) tools/flash.py $(if $(BOARD),--board $(BOARD)) $(if $(PORT),--port $(PORT)) \
+		$(if $(FIRMWARE),--firmware $(FIRMWARE)) $(if $(ERASE),--erase) $(if $(DRIVE),--drive $(DRIVE))
+
+deploy: $(VENV) ## library, programs and config.json onto the board at PORT=, and start it; CONFIG=1 replaces its config.json
+	@$(PY) tools/deploy.py $(if $(PORT),--port $(PORT)) $(if $(CONFIG),--config)
+
+watch: $(VENV) ## the console of the board at PORT= with its statistics every EVERY= (10) seconds
+	@$(PY) tools/watch.py $(if $(PORT),--port $(PORT)) $(if $(EVERY),--every $(EVERY))
+
+pull-journal: $(VENV) ## stop the program of the board at PORT= and save its journal to FILE= (journal.bin)
+	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),auto)
 
 size: $(VENV) ## bytes of .mpy per module
 	@$(PY) tools/size.py
