@@ -17,7 +17,7 @@ import threading
 import tty
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 MICROPYTHON = os.environ.get("MICROPYTHON") or str(Path(sys.executable).parent / "micropython")
 BANNER = b"MicroPython "
 RAW = b"raw REPL; CTRL-B to exit\r\n>"
