@@ -22,6 +22,8 @@ MICROPYTHON = os.environ.get("MICROPYTHON") or str(Path(sys.executable).parent /
 BANNER = b"MicroPython "
 RAW = b"raw REPL; CTRL-B to exit\r\n>"
 PROMPT = b">>> "
+PATIENCE_S = 60
+_MOST = 1 << 20
 
 START = """\
 import os, sys
@@ -65,6 +67,7 @@ class PtyBoard:
         self.said = b""
         self.typed = b""
         self._thread = None
+        self._news = threading.Condition()
 
     def __enter__(self):
         self.plug()
@@ -76,6 +79,8 @@ class PtyBoard:
     def plug(self):
         self._outer, slave = pty.openpty()
         tty.setraw(slave)
+        os.set_blocking(self._outer, False)
+        self._unsent = b""
         self._wait, self._wake = os.pipe()
         os.symlink(os.ttyname(slave), self.port)
         self._thread = threading.Thread(target=self._live, args=(slave,))
@@ -89,6 +94,11 @@ class PtyBoard:
             os.close(self._wait)
             os.close(self._outer)
             self._thread = None
+
+    def wait_said(self, text, times=1):
+        """Return when the board has printed text that often.  AssertionError if it never does."""
+        with self._news:
+            assert self._news.wait_for(lambda: self.said.count(text) >= times, PATIENCE_S), self.said[-2000:]
 
     # -- what runs in the thread
 
@@ -138,7 +148,11 @@ class PtyBoard:
         held = b""  # typed while there is none
         busy = True
         while True:
-            ready = select.select([inner, self._outer, self._wait], [], [])[0]
+            writers = [self._outer] if self._unsent else []
+            ready, writable, _ = select.select([inner, self._outer, self._wait], writers, [])
+            if writable:
+                with contextlib.suppress(BlockingIOError):
+                    self._unsent = self._unsent[os.write(self._outer, self._unsent) :]
             if self._wait in ready:
                 return "cut"
             if inner in ready:
@@ -183,9 +197,7 @@ class PtyBoard:
 
     def _say(self, data):
         data = re.sub(rb"(?<!\r)\n", b"\r\n", data)
-        self.said += data
-        # Nobody may be reading: a board drops what it cannot send, too.
-        with contextlib.suppress(BlockingIOError):
-            os.set_blocking(self._outer, False)
-            os.write(self._outer, data)
-            os.set_blocking(self._outer, True)
+        with self._news:
+            self.said += data
+            self._news.notify_all()
+        self._unsent = (self._unsent + data)[-_MOST:]  # nobody may be reading: a board drops it, too
