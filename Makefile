@@ -59,7 +59,7 @@ check-config: $(VENV) ## whether config.json, or FILE=, is as the device wants i
 
 flash: $(VENV) ## MicroPython onto a BOARD=esp32 or pico_w at PORT=; FIRMWARE=file, ERASE=1
 	@$(PY) tools/flash.py $(if $(BOARD),--board $(BOARD)) $(if $(PORT),--port $(PORT)) \
-		$(if $(FIRMWARE),--firmware $(FIRMWARE)) $(if $(ERASE),--erase) $(if $(DRIVE),--drive $(DRIVE))
+		$(if $(FIRMWARE),--firmware "$(FIRMWARE)") $(if $(ERASE),--erase) $(if $(DRIVE),--drive "$(DRIVE)")
 
 deploy: $(VENV) ## library, programs and config.json onto the board at PORT=, and start it; CONFIG=1 replaces its config.json
 	@$(PY) tools/deploy.py $(if $(PORT),--port $(PORT)) $(if $(CONFIG),--config)
