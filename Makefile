@@ -20,7 +20,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo soak powercut journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython
+.PHONY: help setup test test-cpython test-upy demo soak powercut journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,11 @@ watch: $(VENV) ## the console of the board at PORT= with its statistics every EV
 
 pull-journal: $(VENV) ## stop the program of the board at PORT= and save its journal to FILE= (journal.bin)
 	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),auto)
+
+image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w FIRMWARE= [CONFIG=] [DEVICES=list.csv] [ADD=] [OUT=]
+	@$(PY) tools/image.py $(or $(BOARD),$(error BOARD=esp32 or BOARD=pico_w is missing)) \
+		--firmware $(or $(FIRMWARE),$(error FIRMWARE=file is missing)) $(if $(CONFIG),--config $(CONFIG)) \
+		$(if $(DEVICES),--devices $(DEVICES)) $(foreach pair,$(ADD),--add $(pair)) $(if $(OUT),--out $(OUT))
 
 size: $(VENV) ## bytes of .mpy per module
 	@$(PY) tools/size.py

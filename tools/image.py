@@ -1,0 +1,467 @@
+"""Make the images of devices for a production line: firmware, file system, configuration and journal in one file each.
+
+    image.py BOARD --firmware FILE [--config FILE] [--devices LIST.csv] [--add LOCAL=PATH] [--out DIRECTORY]
+
+BOARD is esp32 or pico_w.  The image has the firmware as it is in FILE; for the ESP32 the partition table of
+firmware/partitions-esp32.csv in place of the firmware's own; a littlefs2 with the compiled library, boot.py, main.py,
+app.py where there is one, and config.json; and the journal, made and empty, in its home.
+
+LIST.csv makes an image for each of its lines.  Its first line names the columns: client_id, and further keys of the
+configuration as in wifi.password; a cell that is not empty takes the place of what the configuration says.  All lines
+are checked as the device would before anything is written.  No value of a cell is ever printed but a client_id.
+"""
+
+import argparse
+import csv
+import json
+import struct
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+if __name__ == "__main__":
+    _TOOLS = str(Path(__file__).resolve().parent)
+    sys.path[:0] = [_TOOLS + "/../lib", _TOOLS + "/shim", _TOOLS]
+    import host
+
+    host.install()
+
+import host
+from mpy import CannotCompile, compile_tree
+from mqtt_durable import config as configuration
+from mqtt_durable.errors import JournalUnavailable
+from mqtt_durable.flash.gap import _declared
+from mqtt_durable.flash.pages import Pages
+from mqtt_durable.flash.pinned import PinnedDevice
+from mqtt_durable.journal import Journal
+from mqtt_durable.store import Store
+from norsim import Nor
+from vfs import VfsLfs2
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTOR = 4096
+PAGE = 256
+MIN_JOURNAL = 16384
+ENOSPC = 28
+
+TABLE = ROOT / "firmware" / "partitions-esp32.csv"
+TABLE_AT = 0x8000
+BOOTLOADER_AT = 0x1000
+ESP_MAGIC = 0xE9
+ESP_CHIPS = {0: "ESP32", 2: "ESP32-S2", 5: "ESP32-C3", 9: "ESP32-S3", 12: "ESP32-C2", 13: "ESP32-C6", 16: "ESP32-H2"}
+
+XIP = 0x10000000
+UF2 = "<IIIIIIII476sI"
+UF2_MAGIC = 0x0A324655, 0x9E5D5157, 0x0AB16F30
+UF2_HAS_FAMILY = 0x2000
+UF2_RP2040 = 0xE48BFF56
+
+
+class Unusable(Exception):
+    """What was given makes no image; the argument says in one line what is wrong and what to do."""
+
+
+def file_system(files, blocks, prog_size, journal=None, in_flight=16):
+    """Return the bytes of a littlefs2 as the board's firmware makes it, with these files and a pinned journal.
+
+    files: {path without a leading /: bytes}.  prog_size: 256 on a Pico, 32 on an ESP32: the firmware's own value, which
+    decides what littlefs keeps inline.  journal: None, or (directory, bytes) of a pinned one.
+    Raises Unusable if it is all too much.
+    """
+    nor = Nor(blocks * SECTOR, prog_size if prog_size == PAGE else 4)
+    VfsLfs2.mkfs(nor, progsize=prog_size)
+    fs = VfsLfs2(nor, progsize=prog_size)
+    try:
+        made = {""}
+        for path in sorted(files):
+            directory = ""
+            for name in path.split("/")[:-1]:
+                directory += "/" + name
+                if directory not in made:
+                    fs.mkdir(directory)
+                    made.add(directory)
+            with fs.open("/" + path, "wb") as file:
+                file.write(files[path])
+        if journal:
+            directory, size = journal
+            # Pages, on the ESP32 too, is what programs in fours: here it only checks bounds.
+            device = PinnedDevice(lambda: fs, Pages(nor, 0, blocks), directory, size)
+            make_journal(device, device.ioctl(4, 0) * SECTOR, in_flight)
+        fs.umount()
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        total = sum(len(data) for data in files.values())
+        raise Unusable("%d bytes of files do not fit a file system of %d KiB" % (total, blocks * SECTOR // 1024))
+    except JournalUnavailable as error:
+        raise Unusable(str(error))
+    return bytes(nor.mem)
+
+
+def make_journal(device, size, in_flight=16):
+    """Make an empty journal on a device, as one that was ended in order."""
+    store = Store(Journal(device, device.prog_size, size), in_flight=in_flight)
+    store.open()
+    store.close()
+
+
+def encode(config):
+    """The bytes of config.json."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class Esp32:
+    """What images of the ESP32 have in common.  firmware: its bytes, from the bootloader on, as micropython.org's.
+
+    Raises Unusable if it is none, or does not fit the partition table.
+    """
+
+    name = kind = "esp32"
+    suffix = ".bin"
+    how = "esptool --chip esp32 write-flash 0x0 %s"
+
+    def __init__(self, firmware, table=TABLE):
+        from esp_idf_defs.partitions import InputError, PartitionTable
+
+        if len(firmware) < BOOTLOADER_AT or firmware[0] != ESP_MAGIC:
+            raise Unusable("the firmware is no .bin for the ESP32: it begins with no bootloader")
+        chip = struct.unpack_from("<H", firmware, 12)[0]
+        if chip != 0:
+            raise Unusable("the firmware is for the %s, not for the ESP32" % ESP_CHIPS.get(chip, "chip %d" % chip))
+        at = TABLE_AT - BOOTLOADER_AT
+        try:
+            old = PartitionTable.from_binary(firmware[at : at + 0xC00])
+            app_at = next(p.offset for p in old if p.type == 0) - BOOTLOADER_AT
+        except (InputError, StopIteration):
+            raise Unusable("the firmware has no partition table at 0x8000: take the .bin that has the bootloader, too")
+        bootloader, app = firmware[:at].rstrip(b"\xff"), firmware[app_at:]
+        _check_esp_image(bootloader, "bootloader")
+        _check_esp_image(app, "program")
+        self.flash_bytes = 1 << 20 + (firmware[3] >> 4)
+        try:
+            self._table = PartitionTable.from_csv(Path(table).read_text())
+            self._table.verify(TABLE_AT)
+            self._table.verify_size_fits(self.flash_bytes)
+        except InputError as error:
+            raise Unusable("%s: %s" % (Path(table).name, error))
+        factory = self._partition("factory", 0)
+        if len(app) > factory.size:
+            raise Unusable(
+                "the firmware's program has %d bytes, the partition factory in %s %d: make it larger, vfs smaller"
+                % (len(app), Path(table).name, factory.size)
+            )
+        self._vfs = self._partition("vfs", 1)
+        self._parts = [
+            (BOOTLOADER_AT, bootloader),
+            (TABLE_AT, self._table.to_binary()),
+            (factory.offset, app),
+        ]
+
+    def _partition(self, label, kind):
+        found = self._table.find_by_name(label)
+        if found is None or found.type != kind:
+            kinds = ", ".join(p.name for p in self._table if p.type == kind)
+            raise Unusable("the partition table has no %s among %s" % (label, kinds))
+        return found
+
+    def image(self, files, config):
+        """Return the image, from the first byte of the flash to the last."""
+        parts = list(self._parts)
+        in_flight = config["session"]["in_flight"]
+        home, _, name = config["journal"]["home"].partition(":")
+        pinned = None
+        if home in ("auto", "partition"):
+            partition = self._partition(name or "mqj", 1)
+            size = partition.size // SECTOR * SECTOR
+            if size < MIN_JOURNAL:
+                raise Unusable("the partition %s is too small for a journal" % partition.name)
+            nor = Nor(size, 4)
+            make_journal(nor, size, in_flight)
+            parts.append((partition.offset, bytes(nor.mem)))
+        elif home == "pinned":
+            pinned = name or "/mqj", config["journal"]["size_kib"] * 1024
+        elif home == "gap":
+            raise Unusable('journal.home: found "gap", which only a Pico has')
+        data = file_system(files, self._vfs.size // SECTOR, 32, pinned, in_flight)
+        image = bytearray(b"\xff" * self.flash_bytes)
+        for at, part in parts + [(self._vfs.offset, data)]:
+            image[at : at + len(part)] = part
+        return bytes(image)
+
+
+def _check_esp_image(data, what):
+    """Unusable if it is not whole: checksum and digest, as the ROM and the bootloader check them."""
+    from esptool.bin_image import LoadFirmwareImage
+    from esptool.util import FatalError
+
+    try:
+        image = LoadFirmwareImage("esp32", data)
+        whole = image.checksum == image.calculate_checksum()
+        if image.append_digest:
+            whole = whole and image.stored_digest == image.calc_digest
+    except (FatalError, struct.error, IndexError):
+        whole = False
+    if not whole:
+        raise Unusable("the firmware's %s is damaged: get the file again" % what)
+
+
+class PicoW:
+    """What images of the Pico W have in common.  firmware: the bytes of its .uf2.
+
+    Raises Unusable if it is none, or does not declare where its file system is.
+    """
+
+    name = "pico_w"
+    kind = "rp2"
+    suffix = ".uf2"
+    how = "hold BOOTSEL while plugging in, then copy %s to the drive RPI-RP2"
+
+    def __init__(self, firmware):
+        self._pages = read_uf2(firmware)
+        # The file system is the last one; a ROMFS would be below it.
+        self._at, size = max(_declared(_Memory(self._pages))[1], default=(0, 0))
+        self.blocks = size // SECTOR
+        if not self.blocks or self._at % SECTOR or self._at < max(self._pages) + PAGE:
+            raise Unusable("the firmware does not declare where its file system is: take MicroPython's own")
+
+    def image(self, files, config):
+        """Return the image, with the sectors of firmware and file system that are not blank."""
+        home, _, name = config["journal"]["home"].partition(":")
+        pinned = None
+        if home in ("auto", "pinned"):
+            pinned = name or "/mqj", config["journal"]["size_kib"] * 1024
+        elif home == "partition":
+            raise Unusable('journal.home: found "partition:%s", which only an ESP32 has' % name)
+        data = file_system(files, self.blocks, PAGE, pinned, config["session"]["in_flight"])
+        pages = dict(self._pages)
+        for at in range(0, len(data), SECTOR):
+            if data[at : at + SECTOR].strip(b"\xff"):
+                for off in range(at, at + SECTOR, PAGE):
+                    pages[self._at + off] = data[off : off + PAGE]
+        return write_uf2(pages)
+
+
+class _Memory:
+    """The flash of a firmware, as machine.mem8 shows it."""
+
+    def __init__(self, pages):
+        self._pages = pages
+
+    def __getitem__(self, address):
+        page = self._pages.get(address & -PAGE)
+        return page[address % PAGE] if page else 0xFF
+
+
+def read_uf2(data):
+    """Return {address: 256 bytes} of a .uf2 for the RP2040.  Raises Unusable."""
+    pages = {}
+    count = len(data) // 512
+    for n in range(count):
+        magic, second, flags, at, size, number, total, family, payload, last = struct.unpack_from(UF2, data, 512 * n)
+        if (magic, second, last) != UF2_MAGIC:
+            break
+        if not flags & UF2_HAS_FAMILY or family != UF2_RP2040:
+            raise Unusable("the firmware is for another chip than the RP2040 of the Pico W")
+        if (number, total, size, at % PAGE) != (n, count, PAGE, 0):
+            raise Unusable("the firmware is no whole .uf2: get the file again")
+        pages[at] = payload[:PAGE]
+    if not pages or len(data) % 512 or len(pages) < count:
+        raise Unusable("the firmware is no .uf2, or a damaged one: get the file again")
+    return pages
+
+
+def write_uf2(pages):
+    """Return the .uf2 of {address: 256 bytes}, numbered through."""
+    out = []
+    for n, at in enumerate(sorted(pages)):
+        head = *UF2_MAGIC[:2], UF2_HAS_FAMILY, at, PAGE, n, len(pages), UF2_RP2040
+        out.append(struct.pack(UF2, *head, pages[at], UF2_MAGIC[2]))
+    return b"".join(out)
+
+
+BOARDS = {"esp32": Esp32, "pico_w": PicoW}
+
+
+# -- configurations
+
+
+def read_config(path):
+    """Return what is in a config.json.  Raises Unusable."""
+    try:
+        return json.loads(Path(path).read_text("utf-8-sig"))
+    except OSError as error:
+        raise Unusable("%s: %s: make it from firmware/config.example.json" % (path, error.strerror))
+    except ValueError as error:
+        raise Unusable("%s: line %d: found something that is not JSON" % (path, getattr(error, "lineno", 1)))
+
+
+def put(config, key, text):
+    """Set a key such as wifi.password of a configuration to what a cell says, by the kind that the key has."""
+    rows = configuration._TABLE
+    kind = None
+    names = key.split(".")
+    for name in names:
+        row = next((row for row in rows if row[0] == name), None)
+        if row is None:
+            break
+        kind, rows = (None, row[2]) if len(row) == 3 else (row[2], ())
+    for name in names[:-1]:
+        if not isinstance(config.get(name), dict):
+            config[name] = {}
+        config = config[name]
+    value = text
+    if kind in (None, "number", "sectors", "flag"):
+        try:
+            value = json.loads(text)
+        except ValueError:  # the validator says what it should be
+            pass
+    config[names[-1]] = value
+
+
+def read_devices(path, base):
+    """Return [(where, configuration)] of a list, in its order, not yet checked.  Raises Unusable."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            head = file.readline()
+            file.seek(0)
+            rows = list(csv.reader(file, delimiter=";" if ";" in head and "," not in head else ",", strict=True))
+    except OSError as error:
+        raise Unusable("%s: %s" % (path, error.strerror))
+    except (csv.Error, ValueError) as error:
+        raise Unusable("%s: it is no CSV in UTF-8: %s" % (path, error))
+    keys = [key.strip() for key in rows[0]] if rows else []
+    if "client_id" not in keys:
+        raise Unusable("%s: line 1: found no column client_id" % path)
+    if len(set(keys)) < len(keys):
+        raise Unusable("%s: line 1: found a column twice" % path)
+    devices = []
+    for number, row in enumerate(rows[1:], 2):
+        if not any(cell.strip() for cell in row):
+            continue
+        where = "%s: line %d" % (path, number)
+        if len(row) != len(keys):
+            raise Unusable("%s: found %d cells, expected %d" % (where, len(row), len(keys)))
+        config = json.loads(json.dumps(base))
+        for key, cell in zip(keys, row):
+            if cell:
+                put(config, key, cell)
+        if dict(zip(keys, row))["client_id"] in ("", "auto"):
+            raise Unusable("%s: client_id: expected one of the device's own" % where)
+        devices.append((where, config))
+    if not devices:
+        raise Unusable("%s: it lists no device" % path)
+    return devices
+
+
+def check(devices):
+    """Return the problem lines of [(where, configuration)]: what the device would say, and doubled client ids."""
+    problems = []
+    seen = {}
+    for where, config in devices:
+        lines = configuration.check(config)
+        problems += ["%s: %s" % (where, line) for line in lines]
+        if not lines:
+            name = config.get("client_id", "auto")
+            if name in seen:
+                problems.append('%s: client_id: found "%s", which is also that of %s' % (where, name, seen[name]))
+            seen[name] = where
+    return problems
+
+
+def missing_files(config, files):
+    """Return the lines for files that the complete configuration names and that the image has not."""
+    tls = config["broker"]["tls"] or {}
+    keys = [key for key in ("ca", "cert", "key") if tls.get(key) and (key != "ca" or tls["verify"])]
+    return [
+        "broker.tls.%s: the image has no %s: add it with --add LOCAL=%s" % (key, tls[key], tls[key])
+        for key in keys
+        if tls[key].lstrip("/") not in files
+    ]
+
+
+def added(pairs, client_id):
+    """Return {path: bytes} of --add's LOCAL=PATH; {client_id} in LOCAL is the device's."""
+    files = {}
+    for pair in pairs:
+        local, equals, path = pair.partition("=")
+        path = path.strip("/")
+        if not equals or not local or not path or ".." in path.split("/"):
+            raise Unusable("--add %s: expected LOCAL=PATH" % pair)
+        local = local.replace("{client_id}", quote(client_id, safe=""))
+        try:
+            files[path] = Path(local).read_bytes()
+        except OSError as error:
+            raise Unusable("--add: %s: %s" % (local, error.strerror))
+    return files
+
+
+# -- the command
+
+
+def make(board, devices, add=(), out=ROOT / "build" / "images", progress=lambda done: None):
+    """Write an image for each of devices, [(where, configuration)]; return their paths.
+
+    board: an Esp32 or PicoW.  progress: called with the number made so far.  Nothing is written unless all are right.
+    Raises Unusable, whose arguments are lines.
+    """
+    host.use_board(board.kind)
+    problems = check(devices)
+    if problems:
+        raise Unusable(*problems)
+    jobs = []
+    library = compile_tree()
+    for where, given in devices:
+        config = configuration.complete(given)
+        name = config["client_id"]
+        files = {**library, "config.json": encode(given), **added(add, name)}
+        problems += ["%s: %s" % (where, line) for line in missing_files(config, files)]
+        jobs.append((name, files, config))
+    if problems:
+        raise Unusable(*problems)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for done, (name, files, config) in enumerate(jobs):
+        progress(done)
+        path = out / ((board.name if name == "auto" else quote(name, safe="")) + board.suffix)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(board.image(files, config))
+        part.replace(path)
+        paths.append(path)
+    return paths
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Make the images of devices: firmware, files, configuration, journal.")
+    parser.add_argument("board", choices=sorted(BOARDS))
+    parser.add_argument("--firmware", required=True, help="MicroPython for the board: .bin (ESP32), .uf2 (Pico W)")
+    parser.add_argument("--config", default="config.json", help="configuration that all share (config.json)")
+    parser.add_argument("--devices", help="CSV: an image for each line; columns client_id, wifi.password, ...")
+    parser.add_argument("--add", metavar="LOCAL=PATH", action="append", default=[], help="one more file at PATH")
+    parser.add_argument("--out", type=Path, default=Path("build/images"), help="directory (build/images)")
+    args = parser.parse_args(arguments)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    try:
+        base = read_config(args.config)
+        devices = read_devices(args.devices, base) if args.devices else [(args.config, base)]
+        board = BOARDS[args.board](Path(args.firmware).read_bytes())
+        columns = TextColumn("images"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("images", total=len(devices))
+            paths = make(board, devices, args.add, args.out, lambda done: bar.update(task, completed=done))
+    except Unusable as error:
+        for line in error.args:
+            print("image: " + line, file=sys.stderr)
+        return 1
+    except (OSError, CannotCompile) as error:
+        print("image: %s" % error, file=sys.stderr)
+        return 1
+    for path in paths:
+        print("%s  %d KiB" % (path, path.stat().st_size // 1024))
+    print("to write it: " + board.how % paths[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
