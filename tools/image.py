@@ -137,11 +137,10 @@ class Esp32:
         bootloader, app = firmware[:at].rstrip(b"\xff"), firmware[app_at:]
         _check_esp_image(bootloader, "bootloader")
         _check_esp_image(app, "program")
-        self.flash_bytes = 1 << 20 + (firmware[3] >> 4)
         try:
             self._table = PartitionTable.from_csv(Path(table).read_text())
             self._table.verify(TABLE_AT)
-            self._table.verify_size_fits(self.flash_bytes)
+            self._table.verify_size_fits(1 << 20 + (firmware[3] >> 4))
         except InputError as error:
             raise Unusable("%s: %s" % (Path(table).name, error))
         factory = self._partition("factory", 0)
@@ -165,7 +164,7 @@ class Esp32:
         return found
 
     def image(self, files, config):
-        """Return the image, from the first byte of the flash to the last."""
+        """Return the image, from the first byte of the flash to the last that the table knows of."""
         parts = list(self._parts)
         in_flight = config["session"]["in_flight"]
         home, _, name = config["journal"]["home"].partition(":")
@@ -183,7 +182,7 @@ class Esp32:
         elif home == "gap":
             raise Unusable('journal.home: found "gap", which only a Pico has')
         data = file_system(files, self._vfs.size // SECTOR, 32, pinned, in_flight)
-        image = bytearray(b"\xff" * self.flash_bytes)
+        image = bytearray(b"\xff" * self._table.flash_size())
         for at, part in parts + [(self._vfs.offset, data)]:
             image[at : at + len(part)] = part
         return bytes(image)
@@ -288,11 +287,14 @@ BOARDS = {"esp32": Esp32, "pico_w": PicoW}
 def read_config(path):
     """Return what is in a config.json.  Raises Unusable."""
     try:
-        return json.loads(Path(path).read_text("utf-8-sig"))
+        config = json.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise Unusable("%s: %s: make it from firmware/config.example.json" % (path, error.strerror))
     except ValueError as error:
         raise Unusable("%s: line %d: found something that is not JSON" % (path, getattr(error, "lineno", 1)))
+    if not isinstance(config, dict):
+        raise Unusable("%s: found no object, expected one as in firmware/config.example.json" % path)
+    return config
 
 
 def put(config, key, text):
@@ -324,18 +326,19 @@ def read_devices(path, base):
         with open(path, newline="", encoding="utf-8-sig") as file:
             head = file.readline()
             file.seek(0)
-            rows = list(csv.reader(file, delimiter=";" if ";" in head and "," not in head else ",", strict=True))
+            reader = csv.reader(file, delimiter=";" if ";" in head and "," not in head else ",", strict=True)
+            rows = [(reader.line_num, row) for row in reader]
     except OSError as error:
         raise Unusable("%s: %s" % (path, error.strerror))
     except (csv.Error, ValueError) as error:
         raise Unusable("%s: it is no CSV in UTF-8: %s" % (path, error))
-    keys = [key.strip() for key in rows[0]] if rows else []
+    keys = [key.strip() for key in rows[0][1]] if rows else []
     if "client_id" not in keys:
         raise Unusable("%s: line 1: found no column client_id" % path)
     if len(set(keys)) < len(keys):
         raise Unusable("%s: line 1: found a column twice" % path)
     devices = []
-    for number, row in enumerate(rows[1:], 2):
+    for number, row in rows[1:]:
         if not any(cell.strip() for cell in row):
             continue
         where = "%s: line %d" % (path, number)
@@ -401,8 +404,8 @@ def added(pairs, client_id):
 def make(board, devices, add=(), out=ROOT / "build" / "images", progress=lambda done: None):
     """Write an image for each of devices, [(where, configuration)]; return their paths.
 
-    board: an Esp32 or PicoW.  progress: called with the number made so far.  Nothing is written unless all are right.
-    Raises Unusable, whose arguments are lines.
+    board: an Esp32 or PicoW.  progress: called with the number made so far.  All are made or, whatever fails, none.
+    Raises Unusable, whose arguments are lines; OSError.
     """
     host.use_board(board.kind)
     problems = check(devices)
@@ -415,18 +418,24 @@ def make(board, devices, add=(), out=ROOT / "build" / "images", progress=lambda 
         name = config["client_id"]
         files = {**library, "config.json": encode(given), **added(add, name)}
         problems += ["%s: %s" % (where, line) for line in missing_files(config, files)]
-        jobs.append((name, files, config))
+        jobs.append((where, name, files, config))
     if problems:
         raise Unusable(*problems)
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for done, (name, files, config) in enumerate(jobs):
-        progress(done)
-        path = out / ((board.name if name == "auto" else quote(name, safe="")) + board.suffix)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(board.image(files, config))
-        part.replace(path)
-        paths.append(path)
+    paths = [out / ((board.name if name == "auto" else quote(name, safe="")) + board.suffix) for _, name, _, _ in jobs]
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    try:
+        for done, (part, (where, _, files, config)) in enumerate(zip(parts, jobs)):
+            progress(done)
+            try:
+                part.write_bytes(board.image(files, config))
+            except Unusable as error:
+                raise Unusable("%s: %s" % (where, error))
+        for part, path in zip(parts, paths):
+            part.replace(path)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
     return paths
 
 
@@ -447,7 +456,8 @@ def main(arguments=None):
         devices = read_devices(args.devices, base) if args.devices else [(args.config, base)]
         board = BOARDS[args.board](Path(args.firmware).read_bytes())
         columns = TextColumn("images"), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("images", total=len(devices))
             paths = make(board, devices, args.add, args.out, lambda done: bar.update(task, completed=done))
     except Unusable as error:
