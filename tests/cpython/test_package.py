@@ -26,15 +26,18 @@ def test_mip_list_is_relative_and_installs_under_the_same_names():
 
 def test_manifest_freezes_the_package_and_keeps_line_numbers():
     manifest = ROOT / "firmware" / "manifest.py"
-    frozen, included = [], []
+    frozen, included, required = [], [], []
 
     def package(path, files=None, base_path=".", opt=0):
         # The build runs a manifest from its own directory.
         frozen.append((Path(os.path.normpath(manifest.parent / base_path / path)), files, opt))
 
-    exec(compile(manifest.read_text(), str(manifest), "exec"), {"package": package, "include": included.append})
+    names = {"package": package, "include": included.append, "require": required.append}
+    exec(compile(manifest.read_text(), str(manifest), "exec"), names)
     [(directory, files, opt)] = frozen
     assert directory == LIB / "mqtt_durable" and files is None
     assert 0 <= opt <= 2
     # Without the port's own manifest the image would lack asyncio.
     assert included == ["$(PORT_DIR)/boards/manifest.py"]
+    # It replaces the board's own manifest, from which alone a Pico W has ssl and ntptime.
+    assert required == ["bundle-networking"]
