@@ -70,10 +70,10 @@ watch: $(VENV) ## the console of the board at PORT= with its statistics every EV
 pull-journal: $(VENV) ## stop the program of the board at PORT= and save its journal to FILE= (journal.bin)
 	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),auto)
 
-image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w FIRMWARE= [CONFIG=] [DEVICES=list.csv] [ADD=] [OUT=]
+image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w FIRMWARE= [CONFIG=] [DEVICES=list.csv] [OUT=]
 	@$(PY) tools/image.py $(or $(BOARD),$(error BOARD=esp32 or BOARD=pico_w is missing)) \
 		--firmware $(or $(FIRMWARE),$(error FIRMWARE=file is missing)) $(if $(CONFIG),--config $(CONFIG)) \
-		$(if $(DEVICES),--devices $(DEVICES)) $(foreach pair,$(ADD),--add $(pair)) $(if $(OUT),--out $(OUT))
+		$(if $(DEVICES),--devices $(DEVICES)) $(if $(OUT),--out $(OUT))
 
 size: $(VENV) ## bytes of .mpy per module
 	@$(PY) tools/size.py

@@ -1,10 +1,11 @@
 """Make the images of devices for a production line: firmware, file system, configuration and journal in one file each.
 
-    image.py BOARD --firmware FILE [--config FILE] [--devices LIST.csv] [--add LOCAL=PATH] [--out DIRECTORY]
+    image.py BOARD --firmware FILE [--config FILE] [--devices LIST.csv] [--out DIRECTORY]
 
 BOARD is esp32 or pico_w.  The image has the firmware as it is in FILE; for the ESP32 the partition table of
 firmware/partitions-esp32.csv in place of the firmware's own; a littlefs2 with the compiled library, boot.py, main.py,
-app.py where there is one, and config.json; and the journal, made and empty, in its home.
+app.py where there is one, config.json and the certificates that it names, which are looked for beside it (/certs/ca.pem
+in certs/ca.pem); and the journal, made and empty, in its home.
 
 LIST.csv makes an image for each of its lines.  Its first line names the columns: client_id, and further keys of the
 configuration as in wifi.password; a cell that is not empty takes the place of what the configuration says.  All lines
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 
     host.install()
 
+import configure
 import host
 from mpy import CannotCompile, compile_tree
 from mqtt_durable import config as configuration
@@ -286,38 +288,12 @@ BOARDS = {"esp32": Esp32, "pico_w": PicoW}
 
 def read_config(path):
     """Return what is in a config.json.  Raises Unusable."""
+    if not path.exists():
+        raise Unusable("%s: not found; make config makes it" % path)
     try:
-        config = json.loads(Path(path).read_text("utf-8-sig"))
-    except OSError as error:
-        raise Unusable("%s: %s: make it from firmware/config.example.json" % (path, error.strerror))
-    except ValueError as error:
-        raise Unusable("%s: line %d: found something that is not JSON" % (path, getattr(error, "lineno", 1)))
-    if not isinstance(config, dict):
-        raise Unusable("%s: found no object, expected one as in firmware/config.example.json" % path)
-    return config
-
-
-def put(config, key, text):
-    """Set a key such as wifi.password of a configuration to what a cell says, by the kind that the key has."""
-    rows = configuration._TABLE
-    kind = None
-    names = key.split(".")
-    for name in names:
-        row = next((row for row in rows if row[0] == name), None)
-        if row is None:
-            break
-        kind, rows = (None, row[2]) if len(row) == 3 else (row[2], ())
-    for name in names[:-1]:
-        if not isinstance(config.get(name), dict):
-            config[name] = {}
-        config = config[name]
-    value = text
-    if kind in (None, "number", "sectors", "flag"):
-        try:
-            value = json.loads(text)
-        except ValueError:  # the validator says what it should be
-            pass
-    config[names[-1]] = value
+        return configure.read(path)
+    except configure.Wrong as error:
+        raise Unusable(str(error))
 
 
 def read_devices(path, base):
@@ -337,6 +313,11 @@ def read_devices(path, base):
         raise Unusable("%s: line 1: found no column client_id" % path)
     if len(set(keys)) < len(keys):
         raise Unusable("%s: line 1: found a column twice" % path)
+    try:
+        for key in keys:
+            configure.row_of(key)
+    except configure.Wrong as error:
+        raise Unusable("%s: line 1: %s" % (path, error))
     devices = []
     for number, row in rows[1:]:
         if not any(cell.strip() for cell in row):
@@ -345,9 +326,12 @@ def read_devices(path, base):
         if len(row) != len(keys):
             raise Unusable("%s: found %d cells, expected %d" % (where, len(row), len(keys)))
         config = json.loads(json.dumps(base))
-        for key, cell in zip(keys, row):
-            if cell:
-                put(config, key, cell)
+        try:
+            for key, cell in zip(keys, row):
+                if cell:
+                    configure.put(config, key, configure.value_of(key, cell))
+        except configure.Wrong as error:
+            raise Unusable("%s: %s" % (where, error))
         if dict(zip(keys, row))["client_id"] in ("", "auto"):
             raise Unusable("%s: client_id: expected one of the device's own" % where)
         devices.append((where, config))
@@ -371,41 +355,28 @@ def check(devices):
     return problems
 
 
-def missing_files(config, files):
-    """Return the lines for files that the complete configuration names and that the image has not."""
+def named_files(config, root):
+    """Return {path: bytes} of the files that a complete configuration names, found below root.  Raises Unusable."""
     tls = config["broker"]["tls"] or {}
-    keys = [key for key in ("ca", "cert", "key") if tls.get(key) and (key != "ca" or tls["verify"])]
-    return [
-        "broker.tls.%s: the image has no %s: add it with --add LOCAL=%s" % (key, tls[key], tls[key])
-        for key in keys
-        if tls[key].lstrip("/") not in files
-    ]
-
-
-def added(pairs, client_id):
-    """Return {path: bytes} of --add's LOCAL=PATH; {client_id} in LOCAL is the device's."""
     files = {}
-    for pair in pairs:
-        local, equals, path = pair.partition("=")
-        path = path.strip("/")
-        if not equals or not local or not path or ".." in path.split("/"):
-            raise Unusable("--add %s: expected LOCAL=PATH" % pair)
-        local = local.replace("{client_id}", quote(client_id, safe=""))
-        try:
-            files[path] = Path(local).read_bytes()
-        except OSError as error:
-            raise Unusable("--add: %s: %s" % (local, error.strerror))
+    for key in ("ca", "cert", "key"):
+        path = (tls.get(key) or "").lstrip("/")
+        if path and (key != "ca" or tls["verify"]):
+            try:
+                files[path] = (root / path).read_bytes()
+            except OSError as error:
+                raise Unusable("broker.tls.%s: %s: %s" % (key, root / path, error.strerror))
     return files
 
 
 # -- the command
 
 
-def make(board, devices, add=(), out=ROOT / "build" / "images", progress=lambda done: None):
+def make(board, devices, root=ROOT, out=ROOT / "build" / "images", progress=lambda done: None):
     """Write an image for each of devices, [(where, configuration)]; return their paths.
 
-    board: an Esp32 or PicoW.  progress: called with the number made so far.  All are made or, whatever fails, none.
-    Raises Unusable, whose arguments are lines; OSError.
+    board: an Esp32 or PicoW.  root: where the certificates that they name are.  progress: called with the number made
+    so far.  All are made or, whatever fails, none.  Raises Unusable, whose arguments are lines; OSError.
     """
     host.use_board(board.kind)
     problems = check(devices)
@@ -415,12 +386,11 @@ def make(board, devices, add=(), out=ROOT / "build" / "images", progress=lambda 
     library = compile_tree()
     for where, given in devices:
         config = configuration.complete(given)
-        name = config["client_id"]
-        files = {**library, "config.json": encode(given), **added(add, name)}
-        problems += ["%s: %s" % (where, line) for line in missing_files(config, files)]
-        jobs.append((where, name, files, config))
-    if problems:
-        raise Unusable(*problems)
+        try:
+            files = {**library, "config.json": encode(given), **named_files(config, root)}
+        except Unusable as error:
+            raise Unusable("%s: %s" % (where, error))
+        jobs.append((where, config["client_id"], files, config))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / ((board.name if name == "auto" else quote(name, safe="")) + board.suffix) for _, name, _, _ in jobs]
     parts = [path.with_name(path.name + ".part") for path in paths]
@@ -428,9 +398,11 @@ def make(board, devices, add=(), out=ROOT / "build" / "images", progress=lambda 
         for done, (part, (where, _, files, config)) in enumerate(zip(parts, jobs)):
             progress(done)
             try:
-                part.write_bytes(board.image(files, config))
+                data = board.image(files, config)
             except Unusable as error:
                 raise Unusable("%s: %s" % (where, error))
+            part.touch(0o600)  # passwords are in it
+            part.write_bytes(data)
         for part, path in zip(parts, paths):
             part.replace(path)
     finally:
@@ -443,9 +415,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Make the images of devices: firmware, files, configuration, journal.")
     parser.add_argument("board", choices=sorted(BOARDS))
     parser.add_argument("--firmware", required=True, help="MicroPython for the board: .bin (ESP32), .uf2 (Pico W)")
-    parser.add_argument("--config", default="config.json", help="configuration that all share (config.json)")
+    parser.add_argument("--config", type=Path, default=Path("config.json"), help="what all share (config.json)")
     parser.add_argument("--devices", help="CSV: an image for each line; columns client_id, wifi.password, ...")
-    parser.add_argument("--add", metavar="LOCAL=PATH", action="append", default=[], help="one more file at PATH")
     parser.add_argument("--out", type=Path, default=Path("build/images"), help="directory (build/images)")
     args = parser.parse_args(arguments)
     from rich.console import Console
@@ -459,7 +430,7 @@ def main(arguments=None):
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("images", total=len(devices))
-            paths = make(board, devices, args.add, args.out, lambda done: bar.update(task, completed=done))
+            paths = make(board, devices, args.config.parent, args.out, lambda done: bar.update(task, completed=done))
     except Unusable as error:
         for line in error.args:
             print("image: " + line, file=sys.stderr)

@@ -174,8 +174,6 @@ def make(directory, board, config=CONFIG, firmware=None, **options):
         text = options["devices"]
         (directory / "devices.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
         command += ["--devices", directory / "devices.csv"]
-    for pair in options.get("add", ()):
-        command += ["--add", pair]
     return tool.main([str(word) for word in command])
 
 
@@ -415,17 +413,22 @@ def test_a_list_of_a_spreadsheet_with_semicolons_is_read_too(tmp_path):
     assert json.loads(contents(mounted("pico_w", data))["config.json"])["wifi"]["ssid"] == "Netz, hinten"
 
 
-def test_further_files_go_where_they_are_told_each_device_its_own(tmp_path):
+def test_the_certificates_that_a_configuration_names_go_along_each_device_its_own(tmp_path):
+    (tmp_path / "certs").mkdir()
     for name in ("ca", "mast1", "mast2"):
-        (tmp_path / (name + ".der")).write_bytes(name.encode())
-    tls = {"ca": "/certs/ca.der", "cert": "/certs/own.der", "key": "/certs/own.key"}
-    config = dict(CONFIG, broker={"host": "broker.lan", "tls": tls})
-    add = ["%s/ca.der=/certs/ca.der" % tmp_path]
-    add += ["%s/{client_id}.der=/certs/own.%s" % (tmp_path, kind) for kind in ("der", "key")]
-    assert make(tmp_path, "pico_w", config, devices="client_id\nmast1\nmast2\n", add=add) == 0
+        (tmp_path / "certs" / name).write_bytes(name.encode())
+    config = dict(CONFIG, broker={"host": "broker.lan", "tls": {"ca": "/certs/ca", "key": "/certs/ca"}})
+    devices = "client_id,broker.tls.cert,broker.tls.key\nmast1,/certs/mast1,\nmast2,certs/mast2,certs/mast2\n"
+    assert make(tmp_path, "pico_w", config, devices=devices) == 0
     for name, data in made(tmp_path).items():
         files = contents(mounted("pico_w", data))
-        assert files["certs/ca.der"] == b"ca" and files["certs/own.der"] == name[:5].encode() == files["certs/own.key"]
+        assert {path for path in files if path.startswith("certs/")} == {"certs/ca", "certs/" + name[:5]}
+        assert files["certs/ca"] == b"ca" and files["certs/" + name[:5]] == name[:5].encode()
+
+
+def test_only_their_owner_can_read_images(tmp_path):
+    assert make(tmp_path, "pico_w") == 0
+    assert (tmp_path / "out" / "mast7.uf2").stat().st_mode & 0o077 == 0
 
 
 # -- what is refused
@@ -463,9 +466,7 @@ REFUSED = {
     "no object": ("esp32", {"config": "[]"}, ["no object"]),
     "no object for a list": ("esp32", {"config": "[]", "devices": "client_id\na\n"}, ["no object"]),
     "wrong value": ("esp32", {"config": dict(CONFIG, broker={"host": "b", "port": 0})}, ["broker.port: found 0"]),
-    "certificate missing": ("esp32", {"config": TLS}, ["broker.tls.ca", "/ca.pem", "--add"]),
-    "no file to add": ("esp32", {"add": ["nowhere=/x"]}, ["nowhere"]),
-    "no place to add": ("esp32", {"add": ["config.json"]}, ["LOCAL=PATH"]),
+    "certificate missing": ("esp32", {"config": TLS}, ["broker.tls.ca", "/ca.pem"]),
     "no column": ("pico_w", {"devices": "name\nx\n"}, ["no column client_id"]),
     "empty list": ("pico_w", {"devices": ""}, ["no column client_id"]),
     "no device": ("pico_w", {"devices": "client_id\n\n"}, ["no device"]),
@@ -475,6 +476,7 @@ REFUSED = {
     "auto": ("pico_w", {"devices": "client_id\nauto\n"}, ["line 2", "client_id"]),
     "same client id": ("pico_w", {"devices": "client_id\na\nb\na\n"}, ["line 4", '"a"', "line 2"]),
     "unknown key": ("pico_w", {"devices": "client_id,wifi.pasword\na,%s\n" % PASSWORD}, ["unknown key"]),
+    "section as a text": ("pico_w", {"devices": "client_id,telemetry\na,off\n"}, ["line 2", "telemetry"]),
     "wrong cell": ("pico_w", {"devices": "client_id,broker.port\na,1883\nb,many\n"}, ["line 3", "broker.port"]),
     "short password": ("pico_w", {"devices": "client_id,wifi.password\na,4711-xy\n"}, ["7 characters"]),
     "no UTF-8": ("pico_w", {"devices": "client_id\nKüche\n".encode("latin-1")}, ["UTF-8"]),
