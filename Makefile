@@ -81,7 +81,7 @@ size: $(VENV) ## bytes of .mpy per module
 lint: $(VENV) ## style and likely mistakes
 	@$(PY) -m ruff check --no-cache .
 
-package: ## write lib/package.json from the files that are in lib/mqtt_durable
+package: ## write package.json from the files that are in lib/mqtt_durable
 	@$(PYTHON) tools/package.py
 
 clean: ## remove all that make has made, .venv too
