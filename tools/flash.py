@@ -153,20 +153,20 @@ class Esp32Firmware:
         app = next((row for row in self.table if row[1] == 0), None)
         if self.at < 0 or app is None:
             raise Unfit("this .bin has no partition table at 0x8000: take the one that has the bootloader, too")
-        try:
-            image = LoadFirmwareImage(rom.CHIP_NAME, data[app[3] - self.at :])
-            image.verify()
-            good = image.checksum == image.calculate_checksum()
-            if getattr(image, "append_digest", 0):
-                good = good and image.stored_digest == image.calc_digest
-        except (FatalError, struct.error, IndexError, TypeError) as e:
-            raise Unfit("the program in this .bin is damaged: get it again (%s)" % str(e).splitlines()[0])
-        if not good:
-            raise Unfit("the program in this .bin is damaged: its checksum does not fit; get it again")
-
         self.app = data[app[3] - self.at : app[3] - self.at + app[4]]
         self.bootloader_at = rom.BOOTLOADER_FLASH_OFFSET
         self.bootloader = data[first : TABLE_AT - self.at]
+        for what, part in ("bootloader", self.bootloader), ("program", self.app):
+            try:
+                image = LoadFirmwareImage(rom.CHIP_NAME, part)
+                image.verify()
+                good = image.checksum == image.calculate_checksum()
+                if getattr(image, "append_digest", 0):
+                    good = good and image.stored_digest == image.calc_digest
+            except (FatalError, struct.error, IndexError, TypeError) as e:
+                raise Unfit("the %s in this .bin is damaged: get it again (%s)" % (what, str(e).splitlines()[0]))
+            if not good:
+                raise Unfit("the %s in this .bin is damaged: its checksum does not fit; get it again" % what)
 
     @property
     def replaces(self):

@@ -25,3 +25,12 @@ def pages_of(data):
             raise ValueError("a damaged .uf2: block %d says it is %d of %d" % (n, number, total))
         pages[at] = data[n * BLOCK + 32 : n * BLOCK + 288]
     return pages
+
+
+def encode(pages):
+    """Return the .uf2 for the RP2040 of {address: 256 bytes}, in the order of the addresses."""
+    out = []
+    for n, at in enumerate(sorted(pages)):
+        head = struct.pack("<8I", *_MAGIC[:2], _HAS_FAMILY, at, 256, n, len(pages), RP2040)
+        out.append(head + pages[at].ljust(476, b"\0") + struct.pack("<I", _MAGIC[2]))
+    return b"".join(out)
