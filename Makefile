@@ -70,9 +70,9 @@ watch: $(VENV) ## the console of the board at PORT= with its statistics every EV
 pull-journal: $(VENV) ## stop the program of the board at PORT= and save its journal to FILE= (journal.bin)
 	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),auto)
 
-image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w FIRMWARE= [CONFIG=] [DEVICES=list.csv] [OUT=]
+image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w [FIRMWARE=] [CONFIG=] [DEVICES=list.csv] [OUT=]
 	@$(PY) tools/image.py $(or $(BOARD),$(error BOARD=esp32 or BOARD=pico_w is missing)) \
-		--firmware $(or $(FIRMWARE),$(error FIRMWARE=file is missing)) $(if $(CONFIG),--config $(CONFIG)) \
+		$(if $(FIRMWARE),--firmware $(FIRMWARE)) $(if $(CONFIG),--config $(CONFIG)) \
 		$(if $(DEVICES),--devices $(DEVICES)) $(if $(OUT),--out $(OUT))
 
 size: $(VENV) ## bytes of .mpy per module

@@ -1,11 +1,12 @@
 """Make the images of devices for a production line: firmware, file system, configuration and journal in one file each.
 
-    image.py BOARD --firmware FILE [--config FILE] [--devices LIST.csv] [--out DIRECTORY]
+    image.py BOARD [--firmware FILE] [--config FILE] [--devices LIST.csv] [--out DIRECTORY]
 
-BOARD is esp32 or pico_w.  The image has the firmware as it is in FILE; for the ESP32 the partition table of
-firmware/partitions-esp32.csv in place of the firmware's own; a littlefs2 with the compiled library, boot.py, main.py,
-app.py where there is one, config.json and the certificates that it names, which are looked for beside it (/certs/ca.pem
-in certs/ca.pem); and the journal, made and empty, in its home.
+BOARD is esp32 (also -S2, -S3, -C3, -C6 with a FILE for it) or pico_w.  An image has
+- the firmware, as it is in FILE or the official one; on an ESP32 its partition table is firmware/partitions-esp32.csv;
+- a littlefs2 with the compiled library, boot.py, main.py, app.py where there is one, config.json, and the certificates
+  that it names, which are looked for beside it (/certs/ca.pem in certs/ca.pem);
+- the journal, made and empty, in its home.
 
 LIST.csv makes an image for each of its lines.  Its first line names the columns: client_id, and further keys of the
 configuration as in wifi.password; a cell that is not empty takes the place of what the configuration says.  All lines
@@ -15,20 +16,14 @@ are checked as the device would before anything is written.  No value of a cell 
 import argparse
 import csv
 import json
-import struct
 import sys
 from pathlib import Path
 from urllib.parse import quote
 
-if __name__ == "__main__":
-    _TOOLS = str(Path(__file__).resolve().parent)
-    sys.path[:0] = [_TOOLS + "/../lib", _TOOLS + "/shim", _TOOLS]
-    import host
-
-    host.install()
-
-import configure
+import configure  # finds the library and the shim
+import flash
 import host
+import uf2
 from mpy import CannotCompile, compile_tree
 from mqtt_durable import config as configuration
 from mqtt_durable.errors import JournalUnavailable
@@ -47,16 +42,6 @@ MIN_JOURNAL = 16384
 ENOSPC = 28
 
 TABLE = ROOT / "firmware" / "partitions-esp32.csv"
-TABLE_AT = 0x8000
-BOOTLOADER_AT = 0x1000
-ESP_MAGIC = 0xE9
-ESP_CHIPS = {0: "ESP32", 2: "ESP32-S2", 5: "ESP32-C3", 9: "ESP32-S3", 12: "ESP32-C2", 13: "ESP32-C6", 16: "ESP32-H2"}
-
-XIP = 0x10000000
-UF2 = "<IIIIIIII476sI"
-UF2_MAGIC = 0x0A324655, 0x9E5D5157, 0x0AB16F30
-UF2_HAS_FAMILY = 0x2000
-UF2_RP2040 = 0xE48BFF56
 
 
 class Unusable(Exception):
@@ -113,39 +98,27 @@ def encode(config):
 
 
 class Esp32:
-    """What images of the ESP32 have in common.  firmware: its bytes, from the bootloader on, as micropython.org's.
+    """What images of an ESP32 have in common.  firmware: the bytes of its .bin.
 
-    Raises Unusable if it is none, or does not fit the partition table.
+    Raises Unfit if it is none, Unusable if it does not fit the partition table.
     """
 
     name = kind = "esp32"
     suffix = ".bin"
-    how = "esptool --chip esp32 write-flash 0x0 %s"
+    how = "esptool write-flash 0x0 %s"
 
     def __init__(self, firmware, table=TABLE):
         from esp_idf_defs.partitions import InputError, PartitionTable
 
-        if len(firmware) < BOOTLOADER_AT or firmware[0] != ESP_MAGIC:
-            raise Unusable("the firmware is no .bin for the ESP32: it begins with no bootloader")
-        chip = struct.unpack_from("<H", firmware, 12)[0]
-        if chip != 0:
-            raise Unusable("the firmware is for the %s, not for the ESP32" % ESP_CHIPS.get(chip, "chip %d" % chip))
-        at = TABLE_AT - BOOTLOADER_AT
-        try:
-            old = PartitionTable.from_binary(firmware[at : at + 0xC00])
-            app_at = next(p.offset for p in old if p.type == 0) - BOOTLOADER_AT
-        except (InputError, StopIteration):
-            raise Unusable("the firmware has no partition table at 0x8000: take the .bin that has the bootloader, too")
-        bootloader, app = firmware[:at].rstrip(b"\xff"), firmware[app_at:]
-        _check_esp_image(bootloader, "bootloader")
-        _check_esp_image(app, "program")
+        given = flash.Esp32Firmware(firmware)
         try:
             self._table = PartitionTable.from_csv(Path(table).read_text())
-            self._table.verify(TABLE_AT)
-            self._table.verify_size_fits(1 << 20 + (firmware[3] >> 4))
+            self._table.verify(flash.TABLE_AT)
+            self._table.verify_size_fits(1 << 20 + (given.bootloader[3] >> 4))
         except InputError as error:
             raise Unusable("%s: %s" % (Path(table).name, error))
         factory = self._partition("factory", 0)
+        app = given.app.rstrip(b"\xff")
         if len(app) > factory.size:
             raise Unusable(
                 "the firmware's program has %d bytes, the partition factory in %s %d: make it larger, vfs smaller"
@@ -153,8 +126,8 @@ class Esp32:
             )
         self._vfs = self._partition("vfs", 1)
         self._parts = [
-            (BOOTLOADER_AT, bootloader),
-            (TABLE_AT, self._table.to_binary()),
+            (given.bootloader_at, given.bootloader),
+            (flash.TABLE_AT, self._table.to_binary()),
             (factory.offset, app),
         ]
 
@@ -190,26 +163,10 @@ class Esp32:
         return bytes(image)
 
 
-def _check_esp_image(data, what):
-    """Unusable if it is not whole: checksum and digest, as the ROM and the bootloader check them."""
-    from esptool.bin_image import LoadFirmwareImage
-    from esptool.util import FatalError
-
-    try:
-        image = LoadFirmwareImage("esp32", data)
-        whole = image.checksum == image.calculate_checksum()
-        if image.append_digest:
-            whole = whole and image.stored_digest == image.calc_digest
-    except (FatalError, struct.error, IndexError):
-        whole = False
-    if not whole:
-        raise Unusable("the firmware's %s is damaged: get the file again" % what)
-
-
 class PicoW:
     """What images of the Pico W have in common.  firmware: the bytes of its .uf2.
 
-    Raises Unusable if it is none, or does not declare where its file system is.
+    Raises Unfit if it is none, Unusable if it does not declare where its file system is.
     """
 
     name = "pico_w"
@@ -218,7 +175,7 @@ class PicoW:
     how = "hold BOOTSEL while plugging in, then copy %s to the drive RPI-RP2"
 
     def __init__(self, firmware):
-        self._pages = read_uf2(firmware)
+        self._pages = flash.check_pico_w(firmware)
         # The file system is the last one; a ROMFS would be below it.
         self._at, size = max(_declared(_Memory(self._pages))[1], default=(0, 0))
         self.blocks = size // SECTOR
@@ -239,7 +196,7 @@ class PicoW:
             if data[at : at + SECTOR].strip(b"\xff"):
                 for off in range(at, at + SECTOR, PAGE):
                     pages[self._at + off] = data[off : off + PAGE]
-        return write_uf2(pages)
+        return uf2.encode(pages)
 
 
 class _Memory:
@@ -251,33 +208,6 @@ class _Memory:
     def __getitem__(self, address):
         page = self._pages.get(address & -PAGE)
         return page[address % PAGE] if page else 0xFF
-
-
-def read_uf2(data):
-    """Return {address: 256 bytes} of a .uf2 for the RP2040.  Raises Unusable."""
-    pages = {}
-    count = len(data) // 512
-    for n in range(count):
-        magic, second, flags, at, size, number, total, family, payload, last = struct.unpack_from(UF2, data, 512 * n)
-        if (magic, second, last) != UF2_MAGIC:
-            break
-        if not flags & UF2_HAS_FAMILY or family != UF2_RP2040:
-            raise Unusable("the firmware is for another chip than the RP2040 of the Pico W")
-        if (number, total, size, at % PAGE) != (n, count, PAGE, 0):
-            raise Unusable("the firmware is no whole .uf2: get the file again")
-        pages[at] = payload[:PAGE]
-    if not pages or len(data) % 512 or len(pages) < count:
-        raise Unusable("the firmware is no .uf2, or a damaged one: get the file again")
-    return pages
-
-
-def write_uf2(pages):
-    """Return the .uf2 of {address: 256 bytes}, numbered through."""
-    out = []
-    for n, at in enumerate(sorted(pages)):
-        head = *UF2_MAGIC[:2], UF2_HAS_FAMILY, at, PAGE, n, len(pages), UF2_RP2040
-        out.append(struct.pack(UF2, *head, pages[at], UF2_MAGIC[2]))
-    return b"".join(out)
 
 
 BOARDS = {"esp32": Esp32, "pico_w": PicoW}
@@ -414,7 +344,7 @@ def make(board, devices, root=ROOT, out=ROOT / "build" / "images", progress=lamb
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Make the images of devices: firmware, files, configuration, journal.")
     parser.add_argument("board", choices=sorted(BOARDS))
-    parser.add_argument("--firmware", required=True, help="MicroPython for the board: .bin (ESP32), .uf2 (Pico W)")
+    parser.add_argument("--firmware", type=Path, help="MicroPython for the board: .bin, .uf2 (else the official one)")
     parser.add_argument("--config", type=Path, default=Path("config.json"), help="what all share (config.json)")
     parser.add_argument("--devices", help="CSV: an image for each line; columns client_id, wifi.password, ...")
     parser.add_argument("--out", type=Path, default=Path("build/images"), help="directory (build/images)")
@@ -425,7 +355,8 @@ def main(arguments=None):
     try:
         base = read_config(args.config)
         devices = read_devices(args.devices, base) if args.devices else [(args.config, base)]
-        board = BOARDS[args.board](Path(args.firmware).read_bytes())
+        firmware = args.firmware or flash.official(args.board)
+        board = BOARDS[args.board](firmware.read_bytes())
         columns = TextColumn("images"), BarColumn(), MofNCompleteColumn()
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -435,7 +366,7 @@ def main(arguments=None):
         for line in error.args:
             print("image: " + line, file=sys.stderr)
         return 1
-    except (OSError, CannotCompile) as error:
+    except (OSError, CannotCompile, flash.Unfit) as error:
         print("image: %s" % error, file=sys.stderr)
         return 1
     for path in paths:

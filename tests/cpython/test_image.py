@@ -19,9 +19,10 @@ import image as tool
 import paho.mqtt.client as mqtt
 import pytest
 from brokers import Mosquitto
-from esptool.bin_image import ELFSection, ESP32FirmwareImage
+from esptool.bin_image import ELFSection, ESP32FirmwareImage, ESP32S3FirmwareImage
 from littlefs import LittleFS
 from mpy import compile_tree
+from raises import raises
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60
@@ -45,7 +46,7 @@ def uf2_blocks(pages, family=0xE48BFF56):
         yield head + data.ljust(476, b"\0") + struct.pack("<I", 0x0AB16F30)
 
 
-def pico_firmware(storage=(STORAGE_AT, STORAGE), family=0xE48BFF56):
+def pico_firmware(storage=(STORAGE_AT, STORAGE), family=0xE48BFF56, machine=b"Raspberry Pi Pico W\0"):
     """A .uf2 that declares its end and its file system, as pico-sdk's binary info does."""
     flash = bytearray(random_bytes("pico", FIRMWARE_END - XIP))
     entries = [struct.pack("<HHII", 5, 0x5052, 0x68F465DE, FIRMWARE_END)]
@@ -57,6 +58,8 @@ def pico_firmware(storage=(STORAGE_AT, STORAGE), family=0xE48BFF56):
         flash[at : at + len(entry)] = entry
         table += struct.pack("<I", XIP + at)
         at += len(entry) + 3
+    flash[0x900:0x90C] = b"MicroPython\0"
+    flash[0x910 : 0x910 + len(machine)] = machine
     flash[0x1000 : 0x1000 + len(table)] = table
     where = XIP + 0x1000, XIP + 0x1000 + len(table), XIP + 0x1800
     struct.pack_into("<5I", flash, 0x1D4, 0x7188EBF2, *where, 0xE71AA390)
@@ -68,8 +71,9 @@ def random_bytes(seed, n):
     return hashlib.shake_256(seed.encode()).digest(n)
 
 
-def esp_image(sections, flash_mib=4):
-    made = ESP32FirmwareImage()
+def esp_image(sections, flash_mib=4, kind=ESP32FirmwareImage):
+    made = kind()
+    made.chip_id = kind.ROM_LOADER.IMAGE_CHIP_ID
     made.entrypoint = 0x40080000
     made.flash_mode, made.flash_size_freq = 2, {2: 0x10, 4: 0x20}[flash_mib]  # DIO, 40 MHz
     made.segments = [ELFSection(b"s%d" % n, at, data, 6) for n, (at, data) in enumerate(sections)]
@@ -89,12 +93,19 @@ def stock_table():
     return (entries + b"\xeb\xeb" + b"\xff" * 14 + hashlib.md5(entries).digest()).ljust(0xC00, b"\xff")
 
 
-def esp32_firmware(chip=0, program=20000, flash_mib=4):
+def esp32_firmware(program=20000, flash_mib=4):
     sections = (0x3FFF0030, random_bytes("boot", 400)), (0x40080400, random_bytes("code", 5000))
+    app = (0x3F400020, random_bytes("rodata", program)), (0x40080000, random_bytes("iram", 3000))
     bootloader = esp_image(sections, flash_mib)
-    app = esp_image([(0x3F400020, random_bytes("rodata", program)), (0x40080000, random_bytes("iram", 3000))])
-    data = bootloader.ljust(0x7000, b"\xff") + stock_table().ljust(0x8000, b"\xff") + app
-    return data[:12] + struct.pack("<H", chip) + data[14:]
+    return bootloader.ljust(0x7000, b"\xff") + stock_table().ljust(0x8000, b"\xff") + esp_image(app)
+
+
+def esp32s3_firmware():
+    """Begins at address 0, where the bootloader of an S3 is."""
+    sections = (0x3FCD0108, random_bytes("boot", 400)), (0x403C9700, random_bytes("code", 5000))
+    app = (0x3C000020, random_bytes("rodata", 20000)), (0x40374000, random_bytes("iram", 3000))
+    bootloader, program = (esp_image(part, kind=ESP32S3FirmwareImage) for part in (sections, app))
+    return bootloader.ljust(0x8000, b"\xff") + stock_table().ljust(0x8000, b"\xff") + program
 
 
 FIRMWARE = {"pico_w": pico_firmware, "esp32": esp32_firmware}
@@ -229,6 +240,23 @@ def test_the_firmware_in_it_is_the_one_given(tmp_path, board):
             assert info.returncode == 0 and "Detected image type: ESP32" in info.stdout, info.stdout
             assert info.stdout.count("(valid)") == 2, info.stdout  # checksum and hash
             assert "Flash size: 4MB" in info.stdout
+
+
+def test_a_chip_of_the_family_gets_its_bootloader_where_it_looks_for_it(tmp_path):
+    firmware = esp32s3_firmware()
+    assert make(tmp_path, "esp32", firmware=firmware) == 0
+    [data] = made(tmp_path).values()
+    assert data[:0x8000] == firmware[:0x8000] and data[0x10000 : len(firmware)] == firmware[0x10000:]
+    assert "mqj" in partitions(data)
+
+
+def test_an_image_is_firmware_for_the_next_one(tmp_path):
+    (tmp_path / "again").mkdir()
+    assert make(tmp_path, "esp32") == 0
+    [first] = made(tmp_path).values()
+    assert make(tmp_path / "again", "esp32", firmware=first) == 0
+    [second] = made(tmp_path / "again").values()
+    assert first[:0x200000] == second[:0x200000] and contents(mounted("esp32", second))
 
 
 def test_the_partition_table_of_an_esp32_has_a_journal_and_room_for_stock_firmware(tmp_path):
@@ -440,22 +468,21 @@ BOOT_DAMAGED[500] ^= 1
 HUGE = dict(CONFIG, journal={"size_kib": 2048, "home": "pinned"})
 TLS = dict(CONFIG, broker={"host": "broker.lan", "tls": {"ca": "/ca.pem"}})
 REFUSED = {
-    "no .uf2": ("pico_w", {"firmware": b"MZ" * 1000}, ["no .uf2"]),
+    "no .uf2": ("pico_w", {"firmware": b"MZ" * 1024}, ["no .uf2"]),
     "empty": ("pico_w", {"firmware": b""}, ["no .uf2"]),
-    ".uf2 cut short": ("pico_w", {"firmware": pico_firmware()[:-512]}, ["no whole .uf2"]),
-    ".uf2 cut in a block": ("pico_w", {"firmware": pico_firmware()[:-100]}, [".uf2"]),
+    ".uf2 cut short": ("pico_w", {"firmware": pico_firmware()[:-512]}, ["damaged .uf2"]),
+    ".uf2 cut in a block": ("pico_w", {"firmware": pico_firmware()[:-100]}, ["a part of one"]),
     "another chip": ("pico_w", {"firmware": pico_firmware(family=0xE48BFF59)}, ["another chip", "RP2040"]),
+    "a Pico without W": ("pico_w", {"firmware": pico_firmware(machine=b"Raspberry Pi Pico")}, ["not for the Pico W"]),
     "no file system": ("pico_w", {"firmware": pico_firmware(None)}, ["does not declare"]),
     "file system in the firmware": ("pico_w", {"firmware": pico_firmware((XIP + 0x3000, 65536))}, ["does not declare"]),
     "no .bin": ("esp32", {"firmware": pico_firmware()}, ["no bootloader"]),
     "no firmware": ("esp32", {"firmware": b""}, ["no bootloader"]),
-    "an ESP32-S3's": ("esp32", {"firmware": esp32_firmware(9)}, ["ESP32-S3"]),
     "only the program": ("esp32", {"firmware": esp32_firmware()[0xF000:]}, ["no partition table"]),
     "cut in the bootloader": ("esp32", {"firmware": esp32_firmware()[:0x4000]}, ["no partition table"]),
-    "program cut short": ("esp32", {"firmware": esp32_firmware()[:-5000]}, ["program is damaged"]),
-    "program damaged": ("esp32", {"firmware": bytes(DAMAGED)}, ["program is damaged"]),
-    "bootloader damaged": ("esp32", {"firmware": bytes(BOOT_DAMAGED)}, ["bootloader is damaged"]),
-    "firmware too large": ("esp32", {"firmware": esp32_firmware(program=0x1F0000)}, ["factory", "larger"]),
+    "program cut short": ("esp32", {"firmware": esp32_firmware()[:-5000]}, ["program", "damaged"]),
+    "program damaged": ("esp32", {"firmware": bytes(DAMAGED)}, ["program", "damaged"]),
+    "bootloader damaged": ("esp32", {"firmware": bytes(BOOT_DAMAGED)}, ["bootloader", "damaged"]),
     "gap": ("esp32", {"config": dict(CONFIG, journal={"home": "gap"})}, ["gap", "Pico"]),
     "partition": ("pico_w", {"config": dict(CONFIG, journal={"home": "partition:mqj"})}, ["partition:mqj", "ESP32"]),
     "gap in a list": ("esp32", {"devices": "client_id,journal.home\na,\nb,gap\n"}, ["line 3", "gap"]),
@@ -500,6 +527,15 @@ def test_all_that_is_wrong_in_a_list_is_told_at_once(tmp_path, capsys):
     assert make(tmp_path, "pico_w", devices=devices) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "line 2: broker.port" in lines[0] and "line 4: wifi.ssid" in lines[1]
+
+
+def test_a_program_that_its_partition_cannot_hold_is_refused(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(tool.TABLE.read_text().replace("0x1F0000", "0x10000").replace("0x200000", "0x20000"))
+    board = tool.Esp32(esp32_firmware(program=0xF000), table)
+    assert board.image({}, tool.configuration.complete(dict(CONFIG, journal={"home": "ram"})))
+    error = raises(tool.Unusable, tool.Esp32, esp32_firmware(program=0x10000), table)
+    assert "factory" in str(error) and "table.csv" in str(error)
 
 
 def test_a_missing_firmware_is_one_line(tmp_path, capsys):
