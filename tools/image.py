@@ -369,6 +369,9 @@ def main(arguments=None):
     except (OSError, CannotCompile, flash.Unfit) as error:
         print("image: %s" % error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("image: stopped; no image was written", file=sys.stderr)
+        return 1
     for path in paths:
         print("%s  %d KiB" % (path, path.stat().st_size // 1024))
     print("to write it: " + board.how % paths[0])
