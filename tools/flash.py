@@ -134,7 +134,6 @@ class Esp32Firmware:
     def __init__(self, data):
         from esptool.bin_image import LoadFirmwareImage
         from esptool.targets import ROM_LIST
-        from esptool.util import FatalError
 
         chips = {getattr(rom, "IMAGE_CHIP_ID", None): rom for rom in ROM_LIST}
         for first in (0, 0x1000):
@@ -163,7 +162,7 @@ class Esp32Firmware:
                 good = image.checksum == image.calculate_checksum()
                 if getattr(image, "append_digest", 0):
                     good = good and image.stored_digest == image.calc_digest
-            except (FatalError, struct.error, IndexError, TypeError) as e:
+            except (RuntimeError, struct.error, IndexError, TypeError) as e:  # FatalError is a RuntimeError
                 raise Unfit("the %s in this .bin is damaged: get it again (%s)" % (what, str(e).splitlines()[0]))
             if not good:
                 raise Unfit("the %s in this .bin is damaged: its checksum does not fit; get it again" % what)

@@ -465,6 +465,8 @@ DAMAGED = bytearray(esp32_firmware())
 DAMAGED[-100] ^= 1
 BOOT_DAMAGED = bytearray(esp32_firmware())
 BOOT_DAMAGED[500] ^= 1
+NO_DIGEST_FLAG = bytearray(esp32_firmware())
+NO_DIGEST_FLAG[0xF000 + 23] = 7
 HUGE = dict(CONFIG, journal={"size_kib": 2048, "home": "pinned"})
 TLS = dict(CONFIG, broker={"host": "broker.lan", "tls": {"ca": "/ca.pem"}})
 REFUSED = {
@@ -482,6 +484,7 @@ REFUSED = {
     "cut in the bootloader": ("esp32", {"firmware": esp32_firmware()[:0x4000]}, ["no partition table"]),
     "program cut short": ("esp32", {"firmware": esp32_firmware()[:-5000]}, ["program", "damaged"]),
     "program damaged": ("esp32", {"firmware": bytes(DAMAGED)}, ["program", "damaged"]),
+    "program's header damaged": ("esp32", {"firmware": bytes(NO_DIGEST_FLAG)}, ["program", "damaged"]),
     "bootloader damaged": ("esp32", {"firmware": bytes(BOOT_DAMAGED)}, ["bootloader", "damaged"]),
     "gap": ("esp32", {"config": dict(CONFIG, journal={"home": "gap"})}, ["gap", "Pico"]),
     "partition": ("pico_w", {"config": dict(CONFIG, journal={"home": "partition:mqj"})}, ["partition:mqj", "ESP32"]),

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from mpremote import mip
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -121,3 +123,22 @@ def test_mpremote_installs_it_on_a_board(tmp_path):
         )
         assert done.returncode == 0 and "Done" in done.stdout, done.stdout
         assert library(tmp_path / "board" / "lib") == sources()
+
+
+def test_mpremote_finds_all_of_it_on_github(monkeypatch):
+    class Transport:
+        files = {}
+
+        def fs_exists(self, path):
+            return True
+
+        def fs_writefile(self, path, data, progress_callback=None):
+            self.files[path] = data
+
+    def urlopen(url):
+        assert url.startswith("https://raw.githubusercontent.com/org/repo/v0.1.0/"), url
+        return io.BytesIO((ROOT / url.removeprefix("https://raw.githubusercontent.com/org/repo/v0.1.0/")).read_bytes())
+
+    monkeypatch.setattr(mip.urllib.request, "urlopen", urlopen)
+    mip._install_package(Transport(), "github:org/repo", "no index", "/lib", "v0.1.0", True)
+    assert Transport.files == {"/lib/" + path: data for path, data in sources().items()}
