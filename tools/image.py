@@ -40,6 +40,7 @@ SECTOR = 4096
 PAGE = 256
 MIN_JOURNAL = 16384
 ENOSPC = 28
+TAKEN = "nvs", "phy_init", "otadata", "vfs"
 
 TABLE = ROOT / "firmware" / "partitions-esp32.csv"
 
@@ -56,9 +57,9 @@ def file_system(files, blocks, prog_size, journal=None, in_flight=16):
     Raises Unusable if it is all too much.
     """
     nor = Nor(blocks * SECTOR, prog_size if prog_size == PAGE else 4)
-    VfsLfs2.mkfs(nor, progsize=prog_size)
-    fs = VfsLfs2(nor, progsize=prog_size)
     try:
+        VfsLfs2.mkfs(nor, progsize=prog_size)
+        fs = VfsLfs2(nor, progsize=prog_size)
         made = {""}
         for path in sorted(files):
             directory = ""
@@ -147,8 +148,8 @@ class Esp32:
         if home in ("auto", "partition"):
             partition = self._partition(name or "mqj", 1)
             size = partition.size // SECTOR * SECTOR
-            if size < MIN_JOURNAL:
-                raise Unusable("the partition %s is too small for a journal" % partition.name)
+            if size < MIN_JOURNAL or partition.name in TAKEN:
+                raise Unusable("the partition %s is none for a journal: too small, or MicroPython's" % partition.name)
             nor = Nor(size, 4)
             make_journal(nor, size, in_flight)
             parts.append((partition.offset, bytes(nor.mem)))
@@ -175,12 +176,14 @@ class PicoW:
     how = "hold BOOTSEL while plugging in, then copy %s to the drive RPI-RP2"
 
     def __init__(self, firmware):
-        self._pages = flash.check_pico_w(firmware)
+        pages = flash.check_pico_w(firmware)
+        end, devices = _declared(_Memory(pages))
         # The file system is the last one; a ROMFS would be below it.
-        self._at, size = max(_declared(_Memory(self._pages))[1], default=(0, 0))
+        self._at, size = max(devices, default=(0, 0))
         self.blocks = size // SECTOR
-        if not self.blocks or self._at % SECTOR or self._at < max(self._pages) + PAGE:
+        if not self.blocks or self._at % SECTOR or not 0 < end <= self._at:
             raise Unusable("the firmware does not declare where its file system is: take MicroPython's own")
+        self._pages = {at: page for at, page in pages.items() if at < self._at}
 
     def image(self, files, config):
         """Return the image, with the sectors of firmware and file system that are not blank."""

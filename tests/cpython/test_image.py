@@ -250,13 +250,19 @@ def test_a_chip_of_the_family_gets_its_bootloader_where_it_looks_for_it(tmp_path
     assert "mqj" in partitions(data)
 
 
-def test_an_image_is_firmware_for_the_next_one(tmp_path):
+@pytest.mark.parametrize("board", BOARDS)
+def test_an_image_is_firmware_for_the_next_one(tmp_path, board):
     (tmp_path / "again").mkdir()
-    assert make(tmp_path, "esp32") == 0
+    assert make(tmp_path, board, dict(CONFIG, journal={"size_kib": 128})) == 0
     [first] = made(tmp_path).values()
-    assert make(tmp_path / "again", "esp32", firmware=first) == 0
+    assert make(tmp_path / "again", board, firmware=first) == 0
     [second] = made(tmp_path / "again").values()
-    assert first[:0x200000] == second[:0x200000] and contents(mounted("esp32", second))
+    if board == "esp32":
+        assert first[:0x200000] == second[:0x200000]
+    else:
+        firmware = [[item for item in uf2_flash(data).items() if item[0] < STORAGE_AT] for data in (first, second)]
+        assert firmware[0] == firmware[1]
+    assert "journal" not in json.loads(contents(mounted(board, second))["config.json"])
 
 
 def test_the_partition_table_of_an_esp32_has_a_journal_and_room_for_stock_firmware(tmp_path):
@@ -490,6 +496,7 @@ REFUSED = {
     "partition": ("pico_w", {"config": dict(CONFIG, journal={"home": "partition:mqj"})}, ["partition:mqj", "ESP32"]),
     "gap in a list": ("esp32", {"devices": "client_id,journal.home\na,\nb,gap\n"}, ["line 3", "gap"]),
     "no such partition": ("esp32", {"config": dict(CONFIG, journal={"home": "partition:x"})}, ["no x"]),
+    "partition of another": ("esp32", {"config": dict(CONFIG, journal={"home": "partition:vfs"})}, ["vfs", "none for"]),
     "journal too large": ("pico_w", {"config": HUGE}, ["size_kib"]),
     "flash too small": ("esp32", {"firmware": esp32_firmware(flash_mib=2)}, ["does not fit", "partitions-esp32.csv"]),
     "no JSON": ("esp32", {"config": '{"wifi":\n{,}}'}, ["line 2", "not JSON"]),
