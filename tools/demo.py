@@ -158,13 +158,10 @@ class FarSide:
         self._client.loop_stop()
 
 
-class Device:
-    """One board: its files in a directory, its flash in a file beside it, one process a life."""
+class DeviceConsole:
+    """What a device says, a life at a time: take() each line."""
 
-    def __init__(self, micropython, home, config, demo, app="demo_app.py", environment=None):
-        """demo: what app finds in demo.json.  environment: of every life."""
-        self.home = home
-        self.flash = home / "flash.nor"
+    def __init__(self):
         self.life = 0
         self.published = 0  # newest number the console has told of
         self.begun = False  # this life: the application runs
@@ -172,6 +169,49 @@ class Device:
         self.note = ""  # this life: the flash operation the power failed in
         self.tracebacks = []
         self.last_line = ""
+        self._trace = None
+
+    def next_life(self):
+        self.life += 1
+        self.begun = self.done = False
+        self.note = self.last_line = ""
+        self._trace = None
+
+    def take(self, line):
+        """Take a line of its console, without its end."""
+        self.last_line = line
+        trace = self._trace
+        if trace is not None:
+            trace.append(line)
+            if not line.startswith("  "):
+                self.tracebacks.append("life %d: %s" % (self.life, " | ".join(t.strip() for t in trace)))
+                self._trace = None
+        elif line.startswith("Traceback"):
+            self._trace = []
+        else:
+            self.heard(line)
+
+    def heard(self, line):
+        """Take what a line that belongs to no traceback says."""
+        if line.startswith("demo: published "):
+            self.published = max(self.published, int(line.split()[2]))
+        elif line.startswith("demo: begins at "):
+            self.published = max(self.published, int(line.split()[3]) - 1)
+            self.begun = True
+        elif line == "demo: done":
+            self.done = True
+        elif line.startswith("demo: power failed in "):
+            self.note = line[22:]
+
+
+class Device(DeviceConsole):
+    """One board: its files in a directory, its flash in a file beside it, one process a life."""
+
+    def __init__(self, micropython, home, config, demo, app="demo_app.py", environment=None):
+        """demo: what app finds in demo.json.  environment: of every life."""
+        super().__init__()
+        self.home = home
+        self.flash = home / "flash.nor"
         self.process = None
         self._reader = None
         self._micropython = micropython
@@ -187,9 +227,7 @@ class Device:
 
     def start(self, **environment):
         """Switch it on."""
-        self.life += 1
-        self.begun = self.done = False
-        self.note = self.last_line = ""
+        self.next_life()
         # As on a board: its own files, what is frozen, then lib.  (The script's directory, tools, comes first.)
         path = [str(self._directory), ".frozen"] + [str(ROOT / name) for name in ("lib", "tools/shim")]
         settings = {
@@ -237,33 +275,26 @@ class Device:
         self._console.flush()
 
     def _read(self, stream):
-        trace = None
         with stream:
             for raw in stream:
                 line = raw.decode(errors="replace").rstrip()
                 self._log(line)
-                self.last_line = line
-                if trace is not None:
-                    trace.append(line)
-                    if not line.startswith("  "):
-                        self.tracebacks.append("life %d: %s" % (self.life, " | ".join(t.strip() for t in trace)))
-                        trace = None
-                elif line.startswith("Traceback"):
-                    trace = []
-                else:
-                    self.heard(line)
+                self.take(line)
 
-    def heard(self, line):
-        """Take what a line of its console says."""
-        if line.startswith("demo: published "):
-            self.published = max(self.published, int(line.split()[2]))
-        elif line.startswith("demo: begins at "):
-            self.published = max(self.published, int(line.split()[3]) - 1)
-            self.begun = True
-        elif line == "demo: done":
-            self.done = True
-        elif line.startswith("demo: power failed in "):
-            self.note = line[22:]
+
+def tally(arrived, wanted):
+    """What became of numbers: lists of those lost, of those that came again, of the disordered and the unexpected.
+
+    arrived: in order of arrival.  wanted: a range.
+    """
+    counts = collections.Counter(arrived)
+    first = list(counts)
+    return {
+        "lost": [n for n in wanted if n not in counts],
+        "duplicated": [n for n in wanted if counts[n] > 1],
+        "disordered": [b for a, b in zip(first, first[1:]) if b < a],
+        "unexpected": [n for n in first if n not in wanted],
+    }
 
 
 class Trial:
@@ -623,20 +654,17 @@ class Trial:
     def verdict(self):
         """The figures as a dict, the failures as a list of lines."""
         arrived = list(self.far.arrived) if self.far else []
-        counts = collections.Counter(arrived)
         wanted = range(1, self.messages + 1)
-        lost = [n for n in wanted if n not in counts]
-        duplicated = [n for n in wanted if counts[n] > 1]
-        first = list(dict.fromkeys(arrived))
-        disordered = [b for a, b in zip(first, first[1:]) if b < a]
+        found = tally(arrived, wanted)
+        lost, duplicated, disordered = found["lost"], found["duplicated"], found["disordered"]
         strange = list(self.far.strange) if self.far else []
-        strange += [str(n) for n in first if not 1 <= n <= self.messages]
+        strange += [str(n) for n in found["unexpected"]]
         tracebacks = self.device.tracebacks if self.device else []
         figures = {
             "published": self.published,
-            "delivered": len(first),
+            "delivered": len(set(arrived)),
             "lost": len(lost),
-            "duplicated": sum(counts[n] - 1 for n in duplicated),
+            "duplicated": sum(arrived.count(n) - 1 for n in duplicated),
             "disordered": len(disordered),
             "unexpected": len(strange),
             "power_cuts": self.power_cuts,
