@@ -20,7 +20,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo soak powercut journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image
+.PHONY: help setup test test-cpython test-upy demo soak powercut journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image picow
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ demo: $(VENV) need-mosquitto need-micropython ## a device under power cuts and a
 
 soak: $(VENV) need-mosquitto need-micropython ## 100,000 messages each way, a bad link, the heap watched; N= SEED= change it
 	@$(PY) tools/soak.py $(if $(N),--messages $(N)) $(if $(SEED),--seed $(SEED))
+
+picow: $(VENV) need-mosquitto ## a Pico W's real firmware in an emulator, under power cuts; FIRMWARE=.uf2 N= CUTS= SEED=
+	@$(PY) tools/picow.py $(FIRMWARE) $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))
 
 powercut: $(VENV) ## cut the power at every flash operation; ARGS= goes to tools/powercut.py
 	@$(PY) tools/powercut.py $(ARGS)

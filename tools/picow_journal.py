@@ -11,9 +11,9 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
+import emulator
 from bench_journal import KEPT, LIVES, SCRIPT, WORK, Missing, Unix, compile_library, progress
 from littlefs import LittleFS
 
@@ -106,32 +106,6 @@ print(diff(now(), t0))
 """
 
 
-def quiet(device):
-    """Let an endpoint on which the host has nothing to say stay idle, as on a wire.
-
-    The emulated host answers it with empty packets without end, and the board does little else.
-    """
-    cdc = device.cdc
-    answer = cdc.usb.on_endpoint_read
-    clock = device.simulator.clock
-    idle = []
-
-    def asked(endpoint, size):
-        if endpoint == cdc._out_endpoint and not cdc.tx_fifo.item_count:
-            idle.append((endpoint, size))
-        else:
-            answer(endpoint, size)
-
-    def look():
-        if idle and cdc.tx_fifo.item_count:
-            answer(*idle.pop())
-        alarm.schedule(200000)
-
-    cdc.usb.on_endpoint_read = asked
-    alarm = clock.create_alarm(look)
-    alarm.schedule(200000)
-
-
 def file_system(names):
     """An image of the board's file system with the compiled library, and a block from which on so many are free."""
     fs = LittleFS(block_size=4096, block_count=BLOCKS, prog_size=256)
@@ -150,14 +124,7 @@ class Board:
     """The firmware in the emulator."""
 
     def __init__(self, firmware, names):
-        try:
-            from rp2040py.boards import resolve_board_spec
-            from rp2040py.device import MicroPythonDevice
-            from rp2040py.utils.firmware_retrieve import MICROPYTHON
-        except ImportError:
-            raise Missing("rp2040py is missing: pip install rp2040py==0.3.6")
-        self._start = MicroPythonDevice
-        self._board = resolve_board_spec("pico_w", MICROPYTHON, firmware)
+        self._firmware = firmware
         self._image, self._first = file_system(names)
 
     def run(self, code, journal=b"\xff" * SECTORS * 4096):
@@ -168,12 +135,10 @@ class Board:
         return asyncio.run(self._run(prepare + code, image))
 
     async def _run(self, code, image):
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(image)
-            file.flush()
-            async with self._start(board=self._board, filesystem=file.name) as device:
-                quiet(device)
-                out, err = await device.aexec(code, timeout=1200)
+        device = emulator.make_device(self._firmware)
+        device.mcu.flash[emulator.FLASH - len(image) : emulator.FLASH] = image
+        async with device:
+            out, err = await device.aexec(code, timeout=1200)
         if err or not out:
             raise Missing("on the board: " + (err.decode().strip().splitlines() or ["no answer"])[-1])
         return out.decode().strip()
