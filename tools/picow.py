@@ -9,10 +9,10 @@ messages, at QoS 1 and 2 in turn, each with its number as its mark.  C times the
 or in the middle of a page program or sector erase, which is left half done; a new chip goes on with the same flash.
 In the end it is switched off and on once more and must stay silent.
 
-Without FIRMWARE the official one is downloaded once, into build/.  The seed fixes which cuts come; the emulator's radio
-answers when the host's network does, so a run does not repeat to the instruction.  Exit status 1 if a message that the
-board accepted was lost, if one came in a wrong order or (QoS 2) twice, or if the board did not finish; 2 if there is no
-firmware to run.
+Without FIRMWARE the official one is downloaded once, as by tools/flash.py.  The seed fixes which cuts come; the
+emulator's radio answers when the host's network does, so a run does not repeat to the instruction.  Exit status 1 if a
+message that the board accepted was lost, if one came in a wrong order or (QoS 2) twice, or if the board did not finish;
+2 if there is no firmware to run.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import signal
 import statistics
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -32,6 +31,7 @@ if __name__ == "__main__":
 
     host.install()
 
+import flash
 import host
 import image
 import mpy
@@ -45,8 +45,6 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "picow"
-URL = "https://micropython.org/resources/firmware/RPI_PICO_W-20260406-v1.28.0.uf2"
-NAME = b"Raspberry Pi Pico W with RP2040"
 
 MESSAGES = 200
 CUTS = 10
@@ -64,52 +62,22 @@ class NoFirmware(Exception):
     """There is nothing to run; the argument says in one line why, and what to do."""
 
 
-def find_firmware(path=None, url=URL, keep=ROOT / "build"):
-    """Return the path of a firmware that was looked at: path, else the one downloaded, once, into keep.
+def find_firmware(path=None):
+    """Return the bytes of a firmware that was looked at: those at path, else of the official one, downloaded once.
 
     Raises NoFirmware.
     """
-    if path:
-        path = Path(path)
-        try:
-            check_firmware(path.read_bytes())
-        except OSError as error:
-            raise NoFirmware("%s: %s" % (path, error.strerror))
-        except image.Unusable as error:
-            raise NoFirmware("%s: %s" % (path, error))
-        return path
-    path = keep / url.rpartition("/")[2]
-    if path.exists():
-        return find_firmware(path)
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            data = answer.read(4 << 20)
+        data = Path(path or flash.official("pico_w")).read_bytes()
+        flash.check_pico_w(data)
+        image.PicoW(data)
     except OSError as error:
-        raise NoFirmware("no firmware: %s cannot be had (%s); give one with FIRMWARE=file" % (url, _reason(error)))
-    try:
-        check_firmware(data)
-    except image.Unusable as error:
-        raise NoFirmware("no firmware: %s: %s; give one with FIRMWARE=file" % (url, error))
-    keep.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-    return path
-
-
-def _reason(error):
-    return str(error if hasattr(error, "code") else getattr(error, "reason", error))
-
-
-def check_firmware(data):
-    """Return the version of MicroPython in the bytes of a .uf2.  Raises image.Unusable if it is no Pico W's."""
-    pages = image.read_uf2(data)
-    cells = b"".join(pages[at] for at in sorted(pages))
-    image.PicoW(data)
-    at = cells.find(b"MicroPython v")
-    if at < 0 or NAME not in cells:
-        raise image.Unusable("this is no MicroPython for the Raspberry Pi Pico W")
-    return cells[at + 13 : at + 40].split(b" ")[0].split(b"\0")[0].decode(errors="replace")
+        raise NoFirmware("%s: %s" % (path or "the official firmware", error.strerror or error))
+    except (flash.Unfit, image.Unusable) as error:
+        raise NoFirmware("%s: %s" % (path, error) if path else str(error))
+    if not flash.VERSION.search(data):
+        raise NoFirmware("%s: there is no MicroPython in it" % path)
+    return data
 
 
 def make_image(firmware, port, messages, gateway, ssid):
@@ -415,16 +383,15 @@ def main(arguments=None):
     if not 0 <= options.cuts <= 1000:
         parser.error("--cuts: expected 0 to 1000")
     try:
-        path = find_firmware(options.firmware)
-        data = path.read_bytes()
-        version = check_firmware(data)
+        data = find_firmware(options.firmware)
     except NoFirmware as error:
         print("picow: %s" % error, file=sys.stderr)
         return 2
     seed = options.seed or str(random.randrange(1000000))
     console = Console()
-    text = "SEED=%s  MicroPython %s, %d messages and %d power cuts; a life takes half a minute and more"
-    console.print(text % (seed, version, options.messages, options.cuts), highlight=False)
+    text = "SEED=%s  %s: %d messages, %d power cuts; a life takes half a minute and more"
+    text %= seed, flash.version_of(data), options.messages, options.cuts
+    console.print(text, highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _ended)
     WORK.mkdir(parents=True, exist_ok=True)
     try:

@@ -4,15 +4,14 @@ PICOW_FIRMWARE=RPI_PICO_W.uf2 runs a short version of `make picow`, which takes 
 """
 
 import asyncio
-import http.server
 import json
 import os
 import sys
-import threading
 import types
 from pathlib import Path
 
 import emulator
+import flash
 import image
 import picow
 import pytest
@@ -26,9 +25,9 @@ from test_image import contents, mounted, pico_firmware  # noqa: E402
 SAYS = b"; Raspberry Pi Pico W with RP2040\0 3.4.0; MicroPython v1.28.0 on 2026-04-06\0"
 
 
-def firmware(says=SAYS):
+def firmware(says=SAYS, **declared):
     """A stand-in for MicroPython's, with the texts that tell what it is."""
-    pages = image.read_uf2(pico_firmware())
+    pages = image.read_uf2(pico_firmware(**declared))
     at = emulator.FLASH_START_ADDRESS + 0x3000
     pages[at] = says.ljust(256, b"\xff")
     return image.write_uf2(pages)
@@ -38,17 +37,17 @@ def firmware(says=SAYS):
 
 
 def test_firmware_is_looked_at_before_it_runs(tmp_path):
-    assert picow.check_firmware(firmware()) == "1.28.0"
-    pico = SAYS.replace(b"Pico W", b"Pico")
+    path = tmp_path / "given.uf2"
+    path.write_bytes(firmware())
+    assert picow.find_firmware(path) == firmware()
     for data, says in (
         (b"", "no .uf2"),
-        (firmware()[:-512], "no whole .uf2"),
+        (firmware()[:-512], "damaged .uf2"),
         (pico_firmware(family=0xE48BFF59), "for another chip"),
-        (pico_firmware(storage=None), "does not declare where its file system is"),
-        (firmware(pico), "no MicroPython for the Raspberry Pi Pico W"),
-        (firmware(SAYS.replace(b"MicroPython", b"CircuitPyth")), "no MicroPython for the Raspberry Pi Pico W"),
+        (firmware(storage=None), "does not declare where its file system is"),
+        (firmware(SAYS.replace(b"Pico W", b"Pico")), "not for the Pico W"),
+        (firmware(SAYS.replace(b"v1.28.0 on", b"8.0")), "no MicroPython in it"),
     ):
-        path = tmp_path / "given.uf2"
         path.write_bytes(data)
         with pytest.raises(picow.NoFirmware) as caught:
             picow.find_firmware(path)
@@ -56,49 +55,15 @@ def test_firmware_is_looked_at_before_it_runs(tmp_path):
         assert says in text and str(path) in text and "\n" not in text
 
 
-class Server:
-    """Serves .data once for each request, on loopback."""
-
-    def __enter__(self):
-        self.data = b""
-        self.requests = 0
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(handler):
-                self.requests += 1
-                handler.send_response(200 if self.data else 404)
-                handler.end_headers()
-                handler.wfile.write(self.data)
-
-            def log_message(*_):
-                pass
-
-        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d/f/RPI_PICO_W-v1.28.0.uf2" % self._server.server_port
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def test_firmware_is_downloaded_once_and_only_kept_if_it_is_one(tmp_path):
-    keep = tmp_path / "build"
-    with Server() as server:
-        for data, says in ((b"", "404"), (b"<html>sorry</html>", "no .uf2")):
-            server.data = data
-            with pytest.raises(picow.NoFirmware) as caught:
-                picow.find_firmware(url=server.url, keep=keep)
-            text = str(caught.value)
-            assert says in text and server.url in text and "FIRMWARE=file" in text and "\n" not in text
-            assert not list(tmp_path.rglob("*.uf2*"))
-        server.data = firmware()
-        path = picow.find_firmware(url=server.url, keep=keep)
-        assert path.read_bytes() == server.data and list(keep.iterdir()) == [path]
-        assert picow.find_firmware(url=server.url, keep=keep) == path and server.requests == 3
-    with pytest.raises(picow.NoFirmware):
-        picow.find_firmware(url=server.url, keep=tmp_path)  # nobody is there
+def test_firmware_is_the_official_one_where_none_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flash, "CACHE", tmp_path)
+    monkeypatch.setattr(flash, "SOURCE", "http://127.0.0.1:1/")  # nobody is there
+    assert picow.main([]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("picow: http://127.0.0.1:1/RPI_PICO_W") and "FIRMWARE=file" in text and text.count("\n") == 1
+    monkeypatch.setitem(flash.OFFICIAL, "pico_w", ("there.uf2", None, None))
+    (tmp_path / "there.uf2").write_bytes(firmware())
+    assert picow.find_firmware() == firmware()
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
@@ -274,9 +239,7 @@ def test_short_run_on_real_firmware_loses_and_doubles_nothing():
     path = os.environ.get("PICOW_FIRMWARE")
     if not path:
         raise SkipTest("PICOW_FIRMWARE names no firmware of a Pico W to run in the emulator")
-    data = Path(path).read_bytes()
-    picow.check_firmware(data)
-    trial = picow.run(data, 24, 2, "1", Console(file=open(os.devnull, "w"), width=120))
+    trial = picow.run(picow.find_firmware(path), 24, 2, "1", Console(file=open(os.devnull, "w"), width=120))
     figures, failures = trial.verdict()
     assert failures == []
     assert figures["delivered"] == [12, 12] and figures["lost"] == [0, 0]
