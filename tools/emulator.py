@@ -237,6 +237,12 @@ class Board:
             radio.bus.nat_bridge.reset()
         self._gone.clear()
 
+    def lose(self, what):
+        """Lose the "network", which the radio is told, or the "connections", which nobody on the board is told."""
+        if what == "network":
+            self._radio.bus._queue_disassoc_events()
+        self._radio.bus.nat_bridge.reset()
+
     # -- time
 
     @property

@@ -7,6 +7,7 @@ tools/picow_app.py as its app.py, runs in the emulator rp2040py: it mounts its l
 files, brings Wi-Fi up, reaches a real mosquitto on the loopback interface through the emulator's NAT and publishes N
 messages, at QoS 1 and 2 in turn, each with its number as its mark.  C times the power fails, between two instructions
 or in the middle of a page program or sector erase, which is left half done; a new chip goes on with the same flash.
+In about half of its lives it loses the network or, without a word, its connection.
 In the end it is switched off and on once more and must stay silent.
 
 Without FIRMWARE the official one is downloaded once, as by tools/flash.py.  The seed fixes which cuts come; the
@@ -119,9 +120,9 @@ class PicoConsole(DeviceConsole):
 
 
 def plan_of(messages, cuts, seed):
-    """The cuts of a run, one a life: dicts of how (early | running), where (flash | time) and the rest.
+    """The cuts of a run, one a life: dicts.
 
-    early: counted from power on; running: from when at messages have arrived.
+    early: counted from power on; else from when at messages have been accepted or, half of the sum, arrived.
     """
     rng = random.Random("picow %s" % seed)
     early = [i % 5 == 3 for i in range(cuts)]
@@ -140,6 +141,7 @@ def plan_of(messages, cuts, seed):
                 "erase": rng.choice(norsim.MODES_ERASE),
                 "seed": rng.randrange(1 << 31),
                 "hidden": rng.random() < 0.5,
+                "lose": rng.choice((None, None, "network", "connections")),
             }
         )
     return plan
@@ -155,7 +157,7 @@ class Trial:
         self.board = None
         self.phase = ""
         self.problem = None
-        self.cuts = self.flash_cuts = self.lives_s = 0
+        self.cuts = self.flash_cuts = self.link_cuts = self.lives_s = 0
         self.boots_s = []  # of the board: until the application began
         self.connects_s = []  # until the first message of that life had arrived
         self.busy = []  # (cycles, messages that arrived meanwhile), from then to the end of the life
@@ -223,6 +225,10 @@ class Trial:
             cycles, arrived = board.cycles, len(far.arrived)
             self.phase = "publishing"
             if cut and not cut["early"]:
+                if cut["lose"] and not board.cut:
+                    self.link_cuts += 1
+                    self._say("%s lost after %.3f s" % (cut["lose"], board.seconds))
+                    board.lose(cut["lose"])
                 await self._until(lambda: (console.published + len(far.seen)) / 2 >= cut["at"] or console.done)
                 self._arm(cut)
                 waited = board.seconds
@@ -321,6 +327,7 @@ def table_of(trial):
     both.add_column("", justify="right")
     both.add_row("power cuts", "%d" % trial.cuts)
     both.add_row("  of them inside a flash operation", "%d" % trial.flash_cuts)
+    both.add_row("link cuts", "%d" % trial.link_cuts)
     if console.took_us:
         cycles = sorted(us * (emulator.HZ // 1000000) for us in console.took_us)
         both.add_row("CPU cycles of a publish(): middle", "%d" % statistics.median(cycles))
