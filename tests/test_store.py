@@ -519,9 +519,10 @@ def test_subscriptions_beyond_what_is_stored_are_made_again_and_harm_no_other():
         store.unsubscribing("f0")
         store.subscribed("g" * 3800, 1, 1)  # too long
         store.subscribed("f1", 2, 2)  # known, with another QoS
-        for store in (store, _open(nor)):
-            assert [n for n in range(33) if store.granted("f%d" % n, 1) == 1] == list(range(2, 32))
-            assert store.granted("f1", 2) == 2 and store.granted("f1", 1) is None and store.granted("g" * 3800, 1) is None
+        for found in (store, _open(nor)):
+            assert [n for n in range(33) if found.granted("f%d" % n, 1) == 1] == list(range(2, 32))
+            assert found.granted("f1", 2) == 2 and found.granted("f1", 1) is None
+            assert found.granted("g" * 3800, 1) is None
 
 
 def test_a_connect_without_answer_puts_the_subscriptions_in_doubt():
