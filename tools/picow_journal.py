@@ -1,7 +1,7 @@
 """The journal on real Pico W firmware in an emulator: FIRMWARE=image.uf2 python picow_journal.py
 
-Needs rp2040py 0.3.6 (pip install rp2040py) beside the tools of the project, and a MicroPython 1.23 or newer for the
-Pico W.  Prints times of one message and of mounts, as the board's own clock tells them at 125 MHz, and heap figures.
+Needs a MicroPython 1.23 or newer for the Pico W; the emulator is tools/emulator.py's.  Prints times of one message and
+of mounts, as the board's own clock tells them at 125 MHz, and heap figures.
 The emulator counts instructions: no misses of the flash cache, and no time for a page program (0.4 ms) or a sector
 erase (45 ms), so a board takes longer.  4: program unit 4 by way of flash/pages.py; pinned: the same in files, with
 their guard before each program; 256: rp2.Flash itself.
