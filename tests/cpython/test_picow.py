@@ -12,9 +12,9 @@ from pathlib import Path
 
 import emulator
 import flash
-import image
 import picow
 import pytest
+import uf2
 from rich.console import Console
 from rp2040py.peripherals import ssi
 from skip import SkipTest
@@ -27,10 +27,10 @@ SAYS = b"; Raspberry Pi Pico W with RP2040\0 3.4.0; MicroPython v1.28.0 on 2026-
 
 def firmware(says=SAYS, **declared):
     """A stand-in for MicroPython's, with the texts that tell what it is."""
-    pages = image.read_uf2(pico_firmware(**declared))
+    pages = uf2.pages_of(pico_firmware(**declared))
     at = emulator.FLASH_START_ADDRESS + 0x3000
     pages[at] = says.ljust(256, b"\xff")
-    return image.write_uf2(pages)
+    return uf2.encode(pages)
 
 
 # -- the firmware
@@ -45,7 +45,7 @@ def test_firmware_is_looked_at_before_it_runs(tmp_path):
         (firmware()[:-512], "damaged .uf2"),
         (pico_firmware(family=0xE48BFF59), "for another chip"),
         (firmware(storage=None), "does not declare where its file system is"),
-        (firmware(SAYS.replace(b"Pico W", b"Pico")), "not for the Pico W"),
+        (firmware(SAYS.replace(b"Pico W", b"Pico"), machine=b"Raspberry Pi Pico\0"), "not for the Pico W"),
         (firmware(SAYS.replace(b"v1.28.0 on", b"8.0")), "no MicroPython in it"),
     ):
         path.write_bytes(data)
