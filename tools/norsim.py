@@ -547,7 +547,9 @@ _erased_texts = {}  # by size
 def _erased_text(size):
     """What erased flash reads as."""
     if size not in _erased_texts:
-        _erased_texts[size] = b"".join([_decrypt(block, _ERASED) for block in range(size // _BLOCK)])
+        text = _erased_texts[size] = bytearray(size)
+        for at in range(0, size, _BLOCK):
+            text[at : at + _BLOCK] = _decrypt(at // _BLOCK, _ERASED)
     return _erased_texts[size]
 
 
