@@ -250,6 +250,8 @@ def test_watching_shows_console_and_statistics_across_a_reset_and_ends_with_ctrl
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A shell's background job, as this suite may be, has Ctrl-C ignored for good.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             lines = lines_of(process)
