@@ -48,7 +48,9 @@ BAUD = 460800
 
 TABLE_AT = 0x8000
 TABLE_BYTES = 0xC00
-OURS = "vfs", "ffat", "mqj"  # data partitions by which a MicroPython is known
+FILES = "vfs", "ffat"
+OURS = (*FILES, "mqj")  # data partitions by which a MicroPython is known
+SECTOR = 4096
 
 XIP = 0x10000000
 FILES_AT = XIP + 0x12C000  # of a Pico W: its last 848 KiB are the file system
@@ -154,6 +156,7 @@ class Esp32Firmware:
             raise Unfit("this .bin has no partition table at 0x8000: take the one that has the bootloader, too")
         self.app = data[app[3] - self.at : app[3] - self.at + app[4]]
         self.bootloader_at = rom.BOOTLOADER_FLASH_OFFSET
+        self.flash_bytes = 1 << 20 + (header[3] >> 4)  # beyond that the bootloader takes no partition
         self.bootloader = data[first : TABLE_AT - self.at]
         for what, part in ("bootloader", self.bootloader), ("program", self.app):
             try:
@@ -210,14 +213,31 @@ def plan_esp32(firmware, there, erase):
     if len(apps) != 1 or apps[0][4] < len(firmware.app):
         why = "the board has %s for programs" % ("%d partitions" % len(apps) if len(apps) != 1 else "too little room")
         raise Unfit("%s, so %s on it cannot stay%s" % (why, ", ".join(mine), save))
+    if max(at + size for _, _, _, at, size in there) > firmware.flash_bytes:
+        why = "the board's partitions reach beyond the %d MiB that the firmware is for" % (firmware.flash_bytes >> 20)
+        raise Unfit("%s, so %s on it cannot stay%s" % (why, ", ".join(mine), save))
     parts = [(firmware.bootloader_at, firmware.bootloader), (apps[0][3], firmware.app)]
     return "only the firmware is replaced: all else on the board stays (%s)" % ", ".join(mine), False, parts
+
+
+def with_files(there, read):
+    """Return the table with the file system that it does not name, where there is one; its size is given as 0.
+
+    MicroPython's own tables name none since 1.26: it is behind the last partition (ports/esp32/main.c).
+    read: called with an address and a number of bytes.
+    """
+    if not there or any(row[0] in FILES for row in there):
+        return there
+    end = max(at + size for _, _, _, at, size in there)
+    blocks = read(end, 2 * SECTOR)
+    found = any(b"littlefs" in blocks[at : at + 64] for at in (0, SECTOR)) or blocks[510:512] == b"\x55\xaa"  # FAT
+    return there + [("vfs", 1, 0x81, end, 0)] if found else there
 
 
 def flash_esp32(port, firmware, erase):
     """Write the firmware by esptool.  Raises Unfit, NoBoard."""
     from esptool import cmds
-    from esptool.util import FatalError
+    from esptool.util import FatalError, flash_size_bytes
 
     quiet = not sys.stdout.isatty()
     try:
@@ -228,7 +248,12 @@ def flash_esp32(port, firmware, erase):
             cmds.attach_flash(esp)
             esp.change_baud(BAUD)
             try:
-                there = table_of(cmds.read_flash(esp, TABLE_AT, TABLE_BYTES, no_progress=True))
+                size = flash_size_bytes(cmds.detect_flash_size(esp))
+
+                def read(at, n):
+                    return b"" if size and at + n > size else cmds.read_flash(esp, at, n, no_progress=True)
+
+                there = with_files(table_of(read(TABLE_AT, TABLE_BYTES)), read)
                 words, erases, parts = plan_esp32(firmware, there, erase)
                 print("flash: " + words, flush=True)
                 if erases:

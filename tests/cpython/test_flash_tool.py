@@ -39,6 +39,7 @@ def table(*rows):
 
 
 STOCK = ("nvs", 1, 2, 0x9000, 0x6000), ("factory", 0, 0, 0x10000, 0x1F0000), ("vfs", 1, 0x81, 0x200000, 0x200000)
+NAMELESS = STOCK[:2]  # since 1.26: the file system is behind the last partition
 OURS = STOCK[:2] + (("mqj", 1, 0x40, 0x200000, 0x10000), ("vfs", 1, 0x81, 0x210000, 0x1F0000))
 
 
@@ -78,12 +79,19 @@ def test_a_blank_esp32_is_erased_and_flashed(tmp_path, capsys):
 
 def test_a_new_firmware_leaves_table_files_and_journal_as_they_are(tmp_path, capsys):
     new = firmware(program=b"MicroPython v1.29.0 on 2026-08-29")
-    for rows in (STOCK, OURS):
+    littlefs = b"\1\0\0\0\xf0\x0f\xff\xf7littlefs".ljust(8192, b"f")
+    for rows, files in (
+        (STOCK, b"journal"),
+        (OURS, b"journal"),
+        (NAMELESS, littlefs),
+        (NAMELESS, littlefs.replace(b"littlefs", b"x" * 8)[:4096] + littlefs),  # one of the two blocks is enough
+        (NAMELESS, b"\xeb\xfe\x90MSDOS5.0".ljust(510, b"\0") + b"\x55\xaa"),
+    ):
         with FakeChip() as chip:
             old = firmware(rows)
             chip.flash[0x1000 : 0x1000 + len(old)] = old
             chip.flash[0x9000:0x9003] = b"nvs"
-            chip.flash[0x200000:0x200007] = b"journal"
+            chip.flash[0x200000 : 0x200000 + len(files)] = files
             before = bytes(chip.flash)
             flash.flash("esp32", chip.port, stored(tmp_path, new))
             assert chip.erased == 0
@@ -93,12 +101,24 @@ def test_a_new_firmware_leaves_table_files_and_journal_as_they_are(tmp_path, cap
         assert "only the firmware is replaced" in capsys.readouterr().out
 
 
+def test_a_program_that_is_no_micropython_is_erased_although_it_has_a_table(tmp_path):
+    whole = NAMELESS[:1] + (("app", 0, 0, 0x10000, 0x3F0000),)  # to the last byte: nothing can be behind it
+    for rows in (NAMELESS, whole):
+        with FakeChip() as chip:
+            chip.flash[0x8000:0x8C00] = table(*rows)
+            chip.flash[0x200000:0x200004] = b"data"
+            flash.flash("esp32", chip.port, stored(tmp_path, firmware()))
+            assert chip.erased == 1
+
+
 def test_what_would_take_files_or_a_journal_away_needs_a_word(tmp_path, capsys):
     small = (("factory", 0, 0, 0x10000, 0x800), ("vfs", 1, 0x81, 0x11000, 0x100000))
     ota = (("ota_0", 0, 16, 0x10000, 0x100000), ("ota_1", 0, 17, 0x110000, 0x100000), STOCK[2])
+    large = (("factory", 0, 0, 0x10000, 0x1F0000), ("vfs", 1, 0x81, 0x200000, 0x600000))
     whole = firmware(OURS).ljust(0x200000, b"\xff") + b"journal and files"
     for there, data, why in (
         (small, firmware(), "too little room"),
+        (large, firmware(), "reach beyond the 4 MiB"),
         (ota, firmware(), "2 partitions for programs"),
         (STOCK, whole, "for a whole device, and would replace vfs"),
     ):
