@@ -23,7 +23,7 @@ from configure import problems_of
 from mpy import ABI, PACKAGE, ROOT, CannotCompile, compile_tree
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from watch import Console, show
+from watch import Console, show, stats_of
 
 SLACK = 16384  # free bytes the file system is to keep: littlefs writes anew before it frees
 
@@ -155,12 +155,17 @@ def first_messages(board, wait_s):
     begun = time.monotonic()
     asked = 0.0
     stopped = None
+    shown = None
     why = "the board has not answered within %d s: make watch shows whether it does later" % wait_s
     while time.monotonic() - begun < wait_s:
         for line in console.lines(0.5):
             if not line.strip() or line.startswith("MPY: soft reboot"):
                 continue
-            stats = show(line)
+            stats = stats_of(line)
+            news = stats and [stats.get(key) for key in ("connected", "waiting", "acknowledged")]
+            if not stats or news != shown:
+                shown = news
+                show(line)
             if stats:
                 if stats.get("connected") and stats.get("acknowledged"):
                     return "the broker has acknowledged the first message; make watch shows more", 0
