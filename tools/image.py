@@ -106,7 +106,7 @@ class Esp32:
 
     name = kind = "esp32"
     suffix = ".bin"
-    how = "esptool write-flash 0x0 %s"
+    how = ".venv/bin/esptool write-flash 0x0 %s"
 
     def __init__(self, firmware, table=TABLE):
         from esp_idf_defs.partitions import InputError, PartitionTable
@@ -359,7 +359,10 @@ def main(arguments=None):
         base = read_config(args.config)
         devices = read_devices(args.devices, base) if args.devices else [(args.config, base)]
         firmware = args.firmware or flash.official(args.board)
-        board = BOARDS[args.board](firmware.read_bytes())
+        try:
+            board = BOARDS[args.board](firmware.read_bytes())
+        except (Unusable, flash.Unfit) as error:
+            raise Unusable("%s: %s" % (firmware, error))
         columns = TextColumn("images"), BarColumn(), MofNCompleteColumn()
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -369,7 +372,10 @@ def main(arguments=None):
         for line in error.args:
             print("image: " + line, file=sys.stderr)
         return 1
-    except (OSError, CannotCompile, flash.Unfit) as error:
+    except OSError as error:
+        print("image: %s: %s" % (error.filename or args.out, error.strerror), file=sys.stderr)
+        return 1
+    except (CannotCompile, flash.Unfit) as error:
         print("image: %s" % error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -553,4 +553,4 @@ def test_a_missing_firmware_is_one_line(tmp_path, capsys):
     files = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]
     assert tool.main(["esp32", "--firmware", str(tmp_path / "nowhere.bin"), *files]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "nowhere.bin" in line
+    assert line == "image: %s: No such file or directory" % (tmp_path / "nowhere.bin")
