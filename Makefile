@@ -43,7 +43,7 @@ soak: $(VENV) need-mosquitto need-micropython ## 100,000 messages each way, a ba
 	@$(PY) tools/soak.py $(if $(N),--messages $(N)) $(if $(SEED),--seed $(SEED))
 
 picow: $(VENV) need-mosquitto ## a Pico W's real firmware in an emulator, under power cuts; FIRMWARE=.uf2 N= CUTS= SEED=
-	@$(PY) tools/picow.py $(FIRMWARE) $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))
+	@$(PY) tools/picow.py $(if $(FIRMWARE),"$(FIRMWARE)") $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))
 
 powercut: $(VENV) ## cut the power at every flash operation; ARGS= goes to tools/powercut.py
 	@$(PY) tools/powercut.py $(ARGS)
@@ -55,10 +55,10 @@ journal: $(VENV) ## dump, check or plot a journal: ARGS="dump FILE", "plot FILE 
 	@$(PY) tools/journal.py $(or $(ARGS),--help)
 
 config: $(VENV) ## make config.json by questions, or KEY=value such as wifi.ssid=home broker.host=10.0.0.2; asks the broker
-	@$(PY) tools/configure.py --make $(if $(FILE),--file $(FILE))
+	@$(PY) tools/configure.py --make $(if $(FILE),--file "$(FILE)")
 
 check-config: $(VENV) ## whether config.json, or FILE=, is as the device wants it
-	@$(PY) tools/configure.py --check $(if $(FILE),--file $(FILE))
+	@$(PY) tools/configure.py --check $(if $(FILE),--file "$(FILE)")
 
 flash: $(VENV) ## MicroPython onto a BOARD=esp32 or pico_w at PORT=; FIRMWARE=file, ERASE=1
 	@$(PY) tools/flash.py $(if $(BOARD),--board $(BOARD)) $(if $(PORT),--port $(PORT)) \
@@ -71,12 +71,12 @@ watch: $(VENV) ## the console of the board at PORT= with its statistics every EV
 	@$(PY) tools/watch.py $(if $(PORT),--port $(PORT)) $(if $(EVERY),--every $(EVERY))
 
 pull-journal: $(VENV) ## stop the program of the board at PORT= and save its journal to FILE= (journal.bin)
-	@$(PY) tools/journal.py pull $(or $(FILE),journal.bin) --port $(or $(PORT),auto)
+	@$(PY) tools/journal.py pull "$(or $(FILE),journal.bin)" --port $(or $(PORT),auto)
 
 image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w [FIRMWARE=] [CONFIG=] [DEVICES=list.csv] [OUT=]
 	@$(PY) tools/image.py $(or $(BOARD),$(error BOARD=esp32 or BOARD=pico_w is missing)) \
-		$(if $(FIRMWARE),--firmware $(FIRMWARE)) $(if $(CONFIG),--config $(CONFIG)) \
-		$(if $(DEVICES),--devices $(DEVICES)) $(if $(OUT),--out $(OUT))
+		$(if $(FIRMWARE),--firmware "$(FIRMWARE)") $(if $(CONFIG),--config "$(CONFIG)") \
+		$(if $(DEVICES),--devices "$(DEVICES)") $(if $(OUT),--out "$(OUT)")
 
 size: $(VENV) ## bytes of .mpy per module
 	@$(PY) tools/size.py

@@ -304,6 +304,10 @@ def test_make_hands_its_variables_on(tmp_path):
         (("watch", "PORT=/dev/none-such"), "watch: /dev/none-such is not there"),
         (("pull-journal", "PORT=/dev/none-such", "FILE=%s/x" % tmp_path), "/dev/none-such is not there"),
         (("flash", "PORT=/dev/none-such"), "flash: say which board it is"),
+        (("flash", "BOARD=pico_w", "FIRMWARE=/none/such file"), "flash: /none/such file: No such file"),
+        (("image", "BOARD=esp32", "CONFIG=/none/such file"), "image: /none/such file: not found"),
+        (("picow", "FIRMWARE=/none/such file"), "picow: /none/such file: No such file"),
+        (("check-config", "FILE=/none/such file"), "/none/such file: not found"),
     ):
         done = subprocess.run(
             ["make", "-s", *command],
