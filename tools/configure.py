@@ -396,7 +396,7 @@ def main(argv=None):
     except Wrong as e:
         sys.exit("config: %s" % e)
     except OSError as e:
-        sys.exit("config: %s: %s" % (e.filename or args.file, e.strerror or e))
+        sys.exit("config: %s: %s" % (args.file, e.strerror or e))
 
 
 if __name__ == "__main__":
