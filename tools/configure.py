@@ -300,7 +300,7 @@ def probe(config, directory, timeout_s=TIMEOUT_S):
                     words = str(ConnectRefused(answer[3])).partition(";")[0]
                     return False, "%s: %s" % (where, words)
                 link.sendall(b"\xe0\x00")
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # UnicodeError: a label is empty or too long
         return False, "%s: this machine finds no such name; an address always works" % where
     except ssl.SSLCertVerificationError as e:
         return False, "%s: its certificate is not accepted: %s" % (where, e.verify_message)
@@ -322,14 +322,18 @@ def _secure(link, broker, directory):
     more = ""
     if tls["verify"] and "ca" in there:
         data = there["ca"].read_bytes()
-        context.load_verify_locations(cadata=data.decode() if data.startswith(b"-----") else data)
+        # PEM may have a text around it, in whatever encoding.
+        context.load_verify_locations(cadata=data.decode("ascii", "ignore") if b"-----BEGIN" in data else data)
     else:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         if tls["verify"]:
             more = "; its certificate was not checked, because %s is not there" % files["ca"]
     if "cert" in there and "key" in there:
-        context.load_cert_chain(there["cert"], there["key"])
+        try:
+            context.load_cert_chain(there["cert"], there["key"])
+        except ssl.SSLError:  # DER, which the board takes, is not taken here
+            more += "; the client's own certificate was not shown, because it is not PEM"
     return context.wrap_socket(link, server_hostname=tls["server_hostname"] or broker["host"]), more
 
 

@@ -275,6 +275,9 @@ def test_the_broker_says_whether_it_takes_such_a_client(tmp_path):
     assert not good and "refused" in line
     good, line = probed(1883, tmp_path, host="no-such-name.invalid")
     assert not good and "finds no such name" in line
+    for host in "a..b", "x" * 64 + ".lan":
+        good, line = probed(1883, tmp_path, host=host)
+        assert not good and "finds no such name" in line
 
 
 def test_asking_the_broker_does_not_disturb_the_board_that_is_connected(tmp_path):
@@ -319,6 +322,13 @@ def test_a_tls_broker_is_asked_in_tls_and_its_certificate_checked_if_the_ca_is_t
         for ca in (authority.pem, authority.der):
             good, line = probed(broker.tls_port, tmp_path, tls={"ca": names[ca]})
             assert good and "was not checked" not in line, line
+        text = Path(authority.pem).read_bytes()
+        Path(authority.pem).write_bytes("Gültig\n".encode("latin-1") + text)
+        for encoding in "pem", "der":
+            files = authority.issue("own", encoding=encoding)
+            own = {key: "/certs/" + Path(path).name for key, path in zip(("cert", "key"), files)}
+            good, line = probed(broker.tls_port, tmp_path, tls=dict(own, ca=names[authority.pem]))
+            assert good and ("own certificate was not shown" in line) == (encoding == "der"), line
         good, line = probed(broker.tls_port, tmp_path, tls={"ca": "/certs/none.pem"})
         assert good and "its certificate was not checked, because" in line
         good, line = probed(broker.tls_port, tmp_path, tls={"ca": names[other.pem]})
