@@ -53,7 +53,7 @@ def test_deploying_brings_a_board_from_nothing_to_its_first_acknowledged_message
         assert {path: files.get(path) for path in wanted} == wanted
         assert files["config.json"] == (root / "config.json").read_bytes()
     said = capsys.readouterr().out
-    assert "29 of 29 files copied" in said or "files copied" in said
+    assert "%d of %d files copied" % ((len(wanted) + 1,) * 2) in said
     assert "main.py: client mast7" in said and "the broker has acknowledged the first message" in said
 
 
@@ -64,6 +64,7 @@ def test_deploying_again_copies_what_changed_deletes_what_is_dead_and_keeps_jour
         capsys.readouterr()
         fs = there.directory
         mine = fs / "lib" / "mqtt_durable"
+        count = len(mpy.compile_tree(root)) + 2  # app.py and config.json, too
         (mine / "client.py").write_text("an old source, which would win over client.mpy")
         (mine / "gone").mkdir()
         (mine / "gone" / "old.mpy").write_text("no longer part of it")
@@ -78,7 +79,7 @@ def test_deploying_again_copies_what_changed_deletes_what_is_dead_and_keeps_jour
         assert deploy.deploy(there.port, root, wait_s=WAIT_S) == 0
         after = files_of(fs)
         said = capsys.readouterr().out
-        assert "1 of 29 files copied" in said, said
+        assert "1 of %d files copied" % (count - 1) in said, said
         assert "3 deleted: gone/old.mpy, gone, client.py" in said
         assert "the board keeps its config.json, which differs from the one here: CONFIG=1 replaces it" in said
         changed = {path for path in before if path in after and after[path] != before[path]} - {"j.bin"}
@@ -87,7 +88,7 @@ def test_deploying_again_copies_what_changed_deletes_what_is_dead_and_keeps_jour
         assert set(after) - set(before) == {"app.py"} and not (mine / "gone").exists()
         assert deploy.deploy(there.port, root, True, WAIT_S) == 0
         assert (fs / "config.json").read_bytes() == (root / "config.json").read_bytes()
-        assert "1 of 30 files copied" in capsys.readouterr().out
+        assert "1 of %d files copied" % count in capsys.readouterr().out
 
 
 def test_certificates_that_the_configuration_names_go_along(tmp_path):

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 from mpremote import mip
-
-sys.path.append(str(Path(__file__).resolve().parent))
-
 from ptyboard import MICROPYTHON, PtyBoard
 
 ROOT = Path(__file__).resolve().parents[2]
