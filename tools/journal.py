@@ -1086,6 +1086,9 @@ def main(argv=None):
     except (NoJournal, ValueError) as e:
         print("%s: %s" % (name, e), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("%s: stopped" % name, file=sys.stderr)
+        return 2
     if args.command == "dump":
         print(dump(journal, args.per_day))
     elif args.command == "check":
