@@ -20,7 +20,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo soak powercut journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image picow
+.PHONY: help setup test test-cpython test-upy demo soak powercut bench-journal journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image picow
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile

@@ -410,5 +410,5 @@ def test_load_says_where_the_json_ends_to_make_sense():
 
 def test_load_says_what_to_do_without_a_file():
     problems = problems_of(config.load, "/nowhere/config.json")
-    expected = "/nowhere/config.json: not found; copy firmware/config.example.json to it and edit it"
+    expected = "/nowhere/config.json: not found; make config, or edit a copy of firmware/config.example.json"
     assert problems == [expected]

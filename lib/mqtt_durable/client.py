@@ -56,6 +56,7 @@ _OUTBOX = const(8)  # QoS 0 messages that wait for the writer
 _PULSE_MS = const(1000)
 _RAM_BYTES = const(32768)  # of a journal that lost its home
 _ENDURANCE = const(100000)  # erases of a sector
+_TELLING_MS = const(3600000)  # before that the rate of erases says nothing
 _YEAR_MS = 31557600000
 
 
@@ -481,7 +482,7 @@ class Client:
         broker had before that, which cost the flash nothing and do not count as stored.  journal_sectors_used: of
         journal_sectors, from the oldest that holds anything still wanted to the newest.  journal_erases: over the
         journal's life.  journal_years_left: at the present rate, until the flash has had the 100,000 erases that it is
-        made for; None before the first.
+        made for; None in the first hour and before the first of them.
         """
         store = self.store
         journal = store.journal
@@ -521,7 +522,7 @@ class Client:
     def _years_left(self):
         up_ms = self.log.uptime_ms()
         journal = self.store.journal
-        if not journal.erases or not up_ms or self.journal_home[:3] == "ram":
+        if not journal.erases or up_ms < _TELLING_MS or self.journal_home[:3] == "ram":
             return None
         # Blocks of a file system take turns.
         blocks = self._device.sharing() if hasattr(self._device, "sharing") else journal.sectors

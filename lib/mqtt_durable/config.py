@@ -102,7 +102,7 @@ def load(path="config.json"):
         file = open(path, "rb")
     except OSError as error:
         if error.errno == 2:  # ENOENT
-            raise ConfigError([path + ": not found; copy firmware/config.example.json to it and edit it"])
+            raise ConfigError([path + ": not found; make config, or edit a copy of firmware/config.example.json"])
         raise ConfigError(["%s: cannot be read: %s" % (path, error)])
     with file:
         start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # some editors put a byte order mark in front
