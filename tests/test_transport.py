@@ -5,9 +5,9 @@ import socket
 
 import mqtt_durable.transport as transport_module
 from fakebroker import FakeBroker, until
-from mqtt_durable.transport import Addresses
+from mqtt_durable.transport import Addresses, at_once
 from raises import raises
-from test_client import Rig
+from test_client import Rig, play
 
 NO_ANSWER = OSError(-2, "no name server")
 
@@ -189,3 +189,31 @@ def test_name_is_looked_up_only_when_the_link_has_just_come_up():
     link = Link()
     dns = Resolver(link)
     _play(dns, scenario, link=link, fresh=True)
+
+
+class Options:
+    """A socket that takes options, or has none as in old firmware."""
+
+    def __init__(self, error=None):
+        self.error = error
+        self.options = []
+
+    def setsockopt(self, *option):
+        self.options.append(option)
+        if self.error:
+            raise self.error
+
+
+def test_small_writes_do_not_wait_for_the_acknowledgement_of_those_before():
+    sock = Options()
+    at_once(sock)
+    assert sock.options == [(6, 1, 1)]  # IPPROTO_TCP, TCP_NODELAY
+    at_once(Options(OSError(95)))
+
+    async def scenario(rig):
+        await until(lambda: rig.client.connected)
+        sock = rig.client._stream.sock
+        if hasattr(sock, "getsockopt"):  # CPython's
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    play(scenario)

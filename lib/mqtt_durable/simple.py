@@ -251,6 +251,10 @@ class MQTTClient:
         done = False
         try:
             sock.settimeout(self._limit_ms / 1000)
+            try:
+                sock.setsockopt(6, 1, 1)  # as in transport.at_once()
+            except OSError:
+                pass
             sock.connect(address)
             if self.ssl is True:
                 import ssl

@@ -67,6 +67,7 @@ def dial(info, tls=None):
     try:
         try:
             sock.setblocking(False)
+            at_once(sock)
             sock.connect(address)
         except OSError as e:
             if e.errno not in (EINPROGRESS, EAGAIN) and e.errno not in _OLD_ESP32:
@@ -77,6 +78,14 @@ def dial(info, tls=None):
         if stream is None:
             sock.close()
     return stream
+
+
+def at_once(sock):
+    """Have the second of two small writes not wait until the other side has acknowledged the first (Nagle)."""
+    try:
+        sock.setsockopt(6, 1, 1)  # IPPROTO_TCP, TCP_NODELAY, which have no names on the boards
+    except OSError:
+        pass  # firmware before 1.24
 
 
 def hang_up(stream):
