@@ -5,6 +5,8 @@ are sent once a connection.  Decoder cuts the byte stream from the broker into p
 All lengths are in bytes, all integers big endian (MQTT 3.1.1 section 1.5).
 """
 
+from struct import pack_into
+
 from micropython import const
 
 from .errors import ProtocolError
@@ -133,14 +135,17 @@ def put_publish_head(buf, off, first, topic_name, packet_id, payload_size):
     offset.  first: its first byte.  topic_name: checked UTF-8 bytes; 6-9 bytes more than that.  MQTT 3.1.1 section 3.3.
     """
     n = len(topic_name)
-    off = put_fixed_header(buf, off, first, n + 4 + payload_size)
-    buf[off] = n >> 8
-    buf[off + 1] = n & 255
-    off += 2
+    length = n + 4 + payload_size
+    if length < 128:
+        pack_into(">BBH", buf, off, first, length, n)
+        off += 4
+    else:
+        off = put_fixed_header(buf, off, first, length)
+        pack_into(">H", buf, off, n)
+        off += 2
     buf[off : off + n] = topic_name
     off += n
-    buf[off] = packet_id >> 8
-    buf[off + 1] = packet_id & 255
+    pack_into(">H", buf, off, packet_id)
     return off + 2
 
 

@@ -350,8 +350,9 @@ class Store(Recall):
         size = len(buf)
         if self.rest:
             off = self._more(buf, off)
-        n = min(self.answers, size - off & ~3)
+        n = self.answers
         if n and not self.rest:
+            n = min(n, size - off & ~3)
             buf[off : off + n] = memoryview(self._answers)[:n]
             off += n
             self.answers -= n
@@ -461,14 +462,17 @@ class Store(Recall):
     def _next(self):
         """The next message to send on this connection, 0 if the window is full or nothing waits."""
         session = self.session
-        out = session.out
+        taken = self._taken
         direct = self._sent_to
-        while direct != self._taken:
+        if direct == taken == session.newest and not self._resend:
+            return 0
+        out = session.out
+        while direct != taken:
             direct = direct % _IDS + 1
             if direct in out:
                 break
             self._sent_to = direct  # lost or dropped
-        room = session.limit - len(out) + len(self._resend) + session.ahead(self._taken, self._sent_to)
+        room = session.limit - len(out) + len(self._resend) + (taken - self._sent_to) % _IDS
         if self._resend:
             self._again = 1
             return self._resend.pop() if room > 0 else 0
@@ -479,7 +483,7 @@ class Store(Recall):
         if direct != self._sent_to:
             self._sent_to = direct
             return direct
-        if self._taken == session.newest:
+        if taken == session.newest:
             return 0
         self.journal.reopen()  # or a mount after a cut would take it for never sent
         packet_id = self._take()
