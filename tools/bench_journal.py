@@ -17,18 +17,28 @@ A figure above its bar is marked.  Exit status 1 if something could not be measu
 import json
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path, PurePosixPath
+from functools import partial
 
-import mpy
+from bench_common import (
+    BUILD,
+    CALLGRIND,
+    ROOT,
+    Bar,
+    Missing,
+    collected,
+    compile_library,
+    heap_32_bit,
+    measure,
+    micropython,
+    need,
+    progress,
+    run,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "build" / "bench"
+WORK = BUILD / "bench-journal"
 SCRIPT = ROOT / "tools" / "bench_journal_upy.py"
-RESULTS = ROOT / "build" / "bench_journal.json"
-WASM = "@micropython/micropython-webassembly-pyscript"
-WASM_VERSION = "1.29.0-6"
+RESULTS = BUILD / "bench_journal.json"
 
 TURN_US = 3.1  # on Pico W firmware 1.28 at 125 MHz, emulated (picow_journal.py); 4.6 at module level
 MESSAGES = 10000
@@ -78,73 +88,12 @@ HEAP_STEPS = (
     ("rebooted", "heap.reboot()"),
 )
 
-HEAP_DRIVER = """
-import { loadMicroPython } from %(module)s;
-import fs from "node:fs";
-const mp = await loadMicroPython({ heapsize: 192 * 1024 });
-for (const name of %(directories)s) mp.FS.mkdir("/bench/" + name);
-for (const [name, path] of %(files)s) mp.FS.writeFile("/bench/" + name, fs.readFileSync(path));
-function run(code) { mp.runPython(code); return mp.globals.get("result"); }
-// Garbage is collected only when nothing runs.
-function alive() { run("import gc; gc.collect()"); return run("result = gc.mem_alloc()"); }
-try {
-  run("import sys; sys.path.append('/bench'); result = 0");
-  // The port has no os.urandom.
-  run("sys.modules['os'] = type('os', (), {'urandom': staticmethod(lambda n: b'seed'[:n])})");
-  const rows = [];
-  for (const code of %(steps)s) { const result = run(code); rows.push([alive(), result]); }
-  console.log(JSON.stringify(rows));
-} catch (error) {
-  console.error(String(error));
-  process.exit(1);
-}
-"""
-
-
-class Missing(Exception):
-    """A tool is missing or has failed; the argument is one line."""
-
-
-def progress(text):
-    print("bench: " + text, file=sys.stderr, flush=True)
-
-
-def run(command, what, env=None):
-    """What a command printed.  Raises Missing."""
-    try:
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    except OSError as e:
-        raise Missing("%s: %s: %s" % (what, command[0], e.strerror))
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["exit status %d" % done.returncode]
-        raise Missing("%s: %s" % (what, lines[-1]))
-    return done.stdout + done.stderr
-
-
-def need(program, package):
-    if not shutil.which(program):
-        raise Missing("%s is missing: install it (apt-get install %s)" % (program, package))
-
-
-def compile_library():
-    """Compile the library into WORK/lib; return the names of the files."""
-    try:
-        files = mpy.compile_library()
-    except mpy.CannotCompile as e:
-        raise Missing(str(e))
-    for path, code in files.items():
-        (WORK / path).parent.mkdir(parents=True, exist_ok=True)
-        (WORK / path).write_bytes(code)
-    return [PurePosixPath(path).relative_to("lib") for path in files]
-
-
 class Unix:
     """The MicroPython unix port and the jobs of bench_journal_upy.py."""
 
     def __init__(self):
         self._env = dict(os.environ, MICROPYPATH=str(WORK / "lib"), PYTHONHASHSEED="0")
-        program = os.environ.get("MICROPYTHON", str(ROOT / ".venv" / "bin" / "micropython"))
-        self._start = [program, "-X", "heapsize=128m", str(SCRIPT)]
+        self._start = [micropython(), "-X", "heapsize=128m", str(SCRIPT)]
 
     def result(self, *job):
         """The JSON that a job prints."""
@@ -152,9 +101,7 @@ class Unix:
 
     def instructions(self, *job):
         """How many a job takes, start-up and all."""
-        tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
-        out = run(tool + self._start + [str(a) for a in job], " ".join(str(a) for a in job), self._env)
-        return int(out.rpartition("Collected :")[2].split()[0])
+        return collected(run(CALLGRIND + self._start + [str(a) for a in job], " ".join(str(a) for a in job), self._env))
 
     def slope(self, few, many, *job):
         """Instructions per item, of a job whose last argument is how many."""
@@ -265,26 +212,10 @@ def cpu(unix):
 
 
 def heap(names):
-    need("node", "nodejs")
-    module = WORK.parent / "wasm" / WASM_VERSION
-    main = module / "node_modules" / WASM / "micropython.mjs"
-    if not main.exists():
-        need("npm", "npm")
-        progress("heap: npm install " + WASM)
-        module.mkdir(parents=True, exist_ok=True)
-        options = ["--silent", "--no-audit", "--no-fund", "--prefix", str(module)]
-        run(["npm", "install"] + options + [WASM + "@" + WASM_VERSION], "npm install " + WASM)
     progress("heap")
-    files = [(n.as_posix(), str(WORK / "lib" / n)) for n in names] + [(SCRIPT.name, str(SCRIPT))]
-    code = HEAP_DRIVER % {
-        "module": json.dumps(main.as_uri()),
-        "directories": json.dumps([""] + sorted({n.parent.as_posix() for n in names})),
-        "files": json.dumps(files),
-        "steps": json.dumps([step for _, step in HEAP_STEPS]),
-    }
-    driver = WORK / "heap.mjs"
-    driver.write_text(code)
-    found = json.loads(run(["node", str(driver)], "node").splitlines()[-1])
+    files = {name.as_posix(): WORK / "lib" / name for name in names}
+    files[SCRIPT.name] = SCRIPT
+    found = heap_32_bit(WORK / "heap.mjs", files, [step for _, step in HEAP_STEPS])
     alive = {name: row[0] for (name, _), row in zip(HEAP_STEPS, found)}
     grown = {}
     for (before, _), (name, _) in zip(HEAP_STEPS, HEAP_STEPS[1:]):
@@ -305,60 +236,25 @@ def heap(names):
 
 def bars_of(part, name):
     """Most the figures of a row may be, by column."""
+    most = BARS.get((part, name), {})
     for how, turns in MOUNT_BARS.items():
         if part == "mount" and how in name:
-            return {"turns": turns, "worst": turns}
-    return BARS.get((part, name), {})
-
-
-def show(results):
-    """Print the table; return how many figures are above their bars."""
-    above = 0
-    for part, rows in results.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        width = max(len(name) for name in rows)
-        print("\n%s" % TITLES.get(part, part))
-        print(" " * width + "".join("%15s" % column for column in columns))
-        for name, row in rows.items():
-            bars = bars_of(part, name)
-            line = "%-*s" % (width, name)
-            for column in columns:
-                if column not in row:
-                    line += " " * 15
-                    continue
-                figure = row[column]
-                bad = column in bars and figure > bars[column]
-                above += bad
-                digits = 4 if 0 < figure < 1 else 2 if 0 < figure < 100 else 0
-                text = "%.*f" % (digits, figure)
-                line += "%14s%s" % (text, "!" if bad else " ")
-            if bars:
-                line += "  bar: " + ", ".join("%s %g" % (key, bar) for key, bar in bars.items())
-            print(line)
-    return above
+            most = {"turns": turns, "worst": turns}
+    return {column: Bar(limit) for column, limit in most.items()}
 
 
 def main(parts):
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    results, missing = {}, []
-    names = compile_library()
+    names = compile_library(WORK)
     unix = Unix()
-    plans = {"flash": (flash, unix), "littlefs": (littlefs, unix), "cpu": (cpu, unix), "heap": (heap, names)}
-    if not set(parts) <= set(plans):
-        raise Missing("parts are %s" % ", ".join(plans))
-    for name, (part, argument) in plans.items():
-        if name in parts or not parts:
-            try:
-                results.update(part(argument))
-            except Missing as e:
-                missing.append("%s was not measured: %s" % (name, e))
-    above = show(results)
-    RESULTS.write_text(json.dumps({"results": results, "missing": missing}, indent=1) + "\n")
-    print("\n%d above the bar, marked !" % above)
-    for line in missing:
-        print("bench: " + line)
-    return 1 if missing else 0
+    plans = {
+        "flash": partial(flash, unix),
+        "littlefs": partial(littlefs, unix),
+        "cpu": partial(cpu, unix),
+        "heap": partial(heap, names),
+    }
+    return measure(plans, parts, RESULTS, bars_of, TITLES)
 
 
 if __name__ == "__main__":
