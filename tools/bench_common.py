@@ -173,14 +173,16 @@ def show(results, bars_of, titles):
     return misses
 
 
-def measure(plans, chosen, path, bars_of, titles):
+def measure(plans, chosen, path, bars_of, titles, missing=None):
     """Measure the chosen parts of plans, all if none; print the tables and write them to path.  Return the exit status.
 
-    plans: {part: function that returns tables}.  Raises Missing for an unknown part.
+    plans: {part: function that returns tables}.  missing: a list to which parts may add lines.  Raises Missing for an
+    unknown part.
     """
     if not set(chosen) <= set(plans):
         raise Missing("parts are %s" % ", ".join(plans))
-    results, missing = {}, []
+    results = {}
+    missing = [] if missing is None else missing
     for name, part in plans.items():
         if name in chosen or not chosen:
             try:

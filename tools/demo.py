@@ -99,14 +99,15 @@ def find_micropython():
 class FarSide:
     """A subscriber with a persistent session at QoS 2, so that it neither loses nor doubles anything itself."""
 
-    def __init__(self, port, topic, tell):
-        """tell: called with a line for each message."""
+    def __init__(self, port, topic, tell, payload=payload_of):
+        """tell: called with a line for each message.  payload(n): what message n has to be."""
         self.arrived = []  # numbers in order of arrival
         self.strange = []  # messages that the device cannot have sent
         self.last = 0.0  # time.monotonic() of the newest
         self.seen = set()
         self._topic = topic
         self._tell = tell
+        self._payload = payload
         self._ready = threading.Event()
         self._ends = {}
         self._client = client = mqtt.Client(
@@ -135,7 +136,7 @@ class FarSide:
         number = message.payload[:7]
         n = int(number) if number.isdigit() else 0
         self._tell("far  PUBLISH id %d: %s" % (message.mid, number.decode(errors="replace")))
-        if message.payload != payload_of(n):
+        if message.payload != self._payload(n):
             self.strange.append(repr(message.payload))
             return
         self.arrived.append(n)

@@ -21,6 +21,7 @@ UP = "up"
 DOWN = "down"
 
 _READ_BYTES = 65536
+_LINE = 1000  # pieces that are held back, for a direction
 
 
 class PacketScanner:
@@ -225,7 +226,7 @@ class Proxy:
         self._call(self._swallow)
 
     def delay(self, delay_ms):
-        """Hold back what comes by delay_ms, both ways."""
+        """Hold back what comes by delay_ms, both ways; as on a long link, what comes meanwhile is on its way, too."""
         self._delay_s = delay_ms / 1000
 
     def chunk(self, nbytes):
@@ -404,12 +405,17 @@ class Proxy:
         """Forward until source ends (False) or a cut falls due (True).  OSError if either end was reset."""
         scanner = PacketScanner()
         partial = bytearray()
+        line = asyncio.Queue(_LINE)
+        link.tasks.append(self._loop.create_task(self._read(source, line)))
         while True:
-            data = await self._loop.sock_recv(source, _READ_BYTES)
+            due, data = await line.get()
+            left_s = due - self._loop.time()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+            if isinstance(data, OSError):
+                raise data
             if not data:
                 return False
-            if self._delay_s:
-                await asyncio.sleep(self._delay_s)
             if link.swallowed or link.cut:
                 self._count("swallowed_bytes", len(data))
                 continue
@@ -435,6 +441,17 @@ class Proxy:
                     cut._fire()
             if cut:
                 return True
+
+    async def _read(self, source, line):
+        """Put what comes into line, each piece with the time at which it may go on: (time, bytes, b"" or OSError)."""
+        data = None
+        while data != b"":
+            try:
+                data = await self._loop.sock_recv(source, _READ_BYTES)
+            except OSError as e:
+                await line.put((self._loop.time() + self._delay_s, e))
+                return
+            await line.put((self._loop.time() + self._delay_s, data))
 
     async def _send(self, sink, data):
         step = self._chunk or len(data)
