@@ -1,0 +1,31 @@
+"""mqtt_durable.simple
+
+The journal on, in RAM in place of flash, where no other home is said.
+"""
+
+import with_umqtt
+from work import HOST, PAYLOAD, TOPIC, numbered
+
+
+class Entry(with_umqtt.Entry):
+    clean = False
+
+    def __init__(self, port, home, in_flight):
+        from mqtt_durable.simple import MQTTClient
+
+        self.got = 0
+        self.client = MQTTClient("bench", HOST, port, home=home, in_flight=in_flight)
+        self.client.set_callback(self.came)
+
+    def publish(self, qos, n):
+        client = self.client
+        for _ in range(n):
+            client.publish(TOPIC, PAYLOAD, False, qos)
+
+    def numbers(self, qos, last):
+        client = self.client
+        for n in range((client.mark or 0) + 1, last + 1):
+            client.publish(TOPIC, numbered(n), False, qos, mark=n)
+        while client.store.waiting:
+            self.again()
+            client.wait_msg()
