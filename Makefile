@@ -20,7 +20,7 @@ ifneq ($(shell cat $(VENV) 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)
 endif
 
-.PHONY: help setup test test-cpython test-upy demo soak powercut bench-journal journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image picow
+.PHONY: help setup test test-cpython test-upy demo soak powercut bench-journal journal config check-config flash deploy watch pull-journal size lint package clean need-mosquitto need-micropython image picow bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ picow: $(VENV) need-mosquitto ## a Pico W's real firmware in an emulator, under 
 
 powercut: $(VENV) ## cut the power at every flash operation; ARGS= goes to tools/powercut.py
 	@$(PY) tools/powercut.py $(ARGS)
+
+bench: $(VENV) need-mosquitto need-micropython ## our client beside its peers; PEERS=dir ROUNDS= ARGS="PART ..."
+	@$(PY) tools/bench_peers.py $(if $(PEERS),--peers $(PEERS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 bench-journal: $(VENV) need-micropython ## flash, CPU and heap the journal costs, beside littlefs; ARGS= names parts
 	@$(PY) tools/bench_journal.py $(ARGS)
@@ -78,7 +81,7 @@ image: $(VENV) ## one file per device, firmware and all: BOARD=esp32|pico_w [FIR
 		$(if $(FIRMWARE),--firmware "$(FIRMWARE)") $(if $(CONFIG),--config "$(CONFIG)") \
 		$(if $(DEVICES),--devices "$(DEVICES)") $(if $(OUT),--out "$(OUT)")
 
-size: $(VENV) ## bytes of .mpy per module
+size: $(VENV) ## bytes of .mpy per module, and the change against the last release
 	@$(PY) tools/size.py
 
 lint: $(VENV) ## style and likely mistakes

@@ -77,16 +77,20 @@ import fs from "node:fs";
 const mp = await loadMicroPython({ heapsize: 192 * 1024 });
 for (const name of %(directories)s) mp.FS.mkdir("/bench/" + name);
 for (const [name, path] of %(files)s) mp.FS.writeFile("/bench/" + name, fs.readFileSync(path));
-function run(code) { mp.runPython(code); return mp.globals.get("result"); }
+async function run(code) {
+  if (code.includes("await ")) await mp.runPythonAsync(code); else mp.runPython(code);
+  return mp.globals.get("result");
+}
 // Garbage is collected only when nothing runs.
-function alive() { run("import gc; gc.collect()"); return run("result = gc.mem_alloc()"); }
+async function alive() { await run("import gc; gc.collect()"); return await run("result = gc.mem_alloc()"); }
 try {
-  run("import sys; sys.path.append('/bench'); result = 0");
+  await run("import sys; sys.path.append('/bench'); result = 0");
   // The port has no os.urandom.
-  run("sys.modules['os'] = type('os', (), {'urandom': staticmethod(lambda n: b'seed'[:n])})");
+  await run("sys.modules['os'] = type('os', (), {'urandom': staticmethod(lambda n: b'seed'[:n])})");
   const rows = [];
-  for (const code of %(steps)s) { const result = run(code); rows.push([alive(), result]); }
+  for (const code of %(steps)s) { const result = await run(code); rows.push([await alive(), result]); }
   console.log(JSON.stringify(rows));
+  process.exit(0);
 } catch (error) {
   console.error(String(error));
   process.exit(1);
@@ -98,7 +102,8 @@ def heap_32_bit(driver, files, steps):
     """Run steps one after the other on the WebAssembly port, whose objects have 32 bits as on a board.
 
     driver: where the script for node goes.  files: {path under /bench, which is on sys.path: the file here}.
-    steps: Python texts.  Returns for each (bytes alive after it, what it has put into the variable result).
+    steps: Python texts, which may await.
+    Returns for each (bytes alive after it, what it has put into the variable result).
     """
     need("node", "nodejs")
     module = BUILD / "wasm" / WASM_VERSION
@@ -173,11 +178,11 @@ def show(results, bars_of, titles):
     return misses
 
 
-def measure(plans, chosen, path, bars_of, titles, missing=None):
+def measure(plans, chosen, path, bars_of, titles, missing=None, kept=None):
     """Measure the chosen parts of plans, all if none; print the tables and write them to path.  Return the exit status.
 
-    plans: {part: function that returns tables}.  missing: a list to which parts may add lines.  Raises Missing for an
-    unknown part.
+    plans: {part: function that returns tables}.  missing: a list to which parts may add lines.  kept: tables of an
+    earlier run, which go to path, too.  Raises Missing for an unknown part.
     """
     if not set(chosen) <= set(plans):
         raise Missing("parts are %s" % ", ".join(plans))
@@ -190,7 +195,8 @@ def measure(plans, chosen, path, bars_of, titles, missing=None):
             except Missing as e:
                 missing.append("%s was not measured: %s" % (name, e))
     misses = show(results, bars_of, titles)
-    write(path, (json.dumps({"results": results, "missing": missing}, indent=1) + "\n").encode())
+    text = json.dumps({"results": {**(kept or {}), **results}, "missing": missing}, indent=1)
+    write(path, (text + "\n").encode())
     print("\n%d miss their bar, marked !" % misses)
     for line in missing:
         print("bench: " + line)

