@@ -38,6 +38,7 @@ from bench_common import (
 
 WORK = BUILD / "bench-journal"
 SCRIPT = ROOT / "tools" / "bench_journal_upy.py"
+SCRIPTS = SCRIPT, ROOT / "tools" / "ram.py"
 RESULTS = BUILD / "bench_journal.json"
 
 TURN_US = 3.1  # on Pico W firmware 1.28 at 125 MHz, emulated (picow_journal.py); 4.6 at module level
@@ -214,7 +215,7 @@ def cpu(unix):
 def heap(names):
     progress("heap")
     files = {name.as_posix(): WORK / "lib" / name for name in names}
-    files[SCRIPT.name] = SCRIPT
+    files.update((path.name, path) for path in SCRIPTS)
     found = heap_32_bit(WORK / "heap.mjs", files, [step for _, step in HEAP_STEPS])
     alive = {name: row[0] for (name, _), row in zip(HEAP_STEPS, found)}
     grown = {}

@@ -15,6 +15,7 @@ from mqtt_durable.errors import JournalFull
 from mqtt_durable.journal import Journal
 from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC
 from mqtt_durable.store import Store
+from ram import Ram
 
 TOPICS = [b"plant/%d/greenhouse/tempC" % i for i in range(8)]  # 24 bytes each
 TOPIC = TOPICS[7]
@@ -26,34 +27,6 @@ BACKLOG = 10000
 SUBSCRIPTIONS = 10
 IDENTITY = 1
 SEND = memoryview(bytearray(768))  # as large as the one of the client
-
-
-class Ram:
-    """A block device that costs next to nothing: no checks, and a program replaces what was there."""
-
-    def __init__(self, size):
-        self.mem = bytearray(size)
-        self._view = memoryview(self.mem)
-        for sector in range(size >> 12):
-            self.ioctl(6, sector)
-
-    def readblocks(self, n, buf, off=0):
-        at = (n << 12) + off
-        buf[:] = self._view[at : at + len(buf)]
-
-    def writeblocks(self, n, buf, off=0):
-        at = (n << 12) + off
-        # Not self.mem[...] = buf: MicroPython then moves all that is behind onto itself.
-        self._view[at : at + len(buf)][:] = buf
-
-    def ioctl(self, op, arg):
-        if op == 4:
-            return len(self.mem) >> 12
-        if op == 5:
-            return 4096
-        if op == 6:
-            self.mem[arg << 12 : (arg + 1) << 12] = b"\xff" * 4096
-        return 0
 
 
 class FileDevice:

@@ -195,7 +195,7 @@ class Bench:
         self.rounds = rounds
         self.missing = []  # what failed
         self.here = Path(tempfile.mkdtemp(prefix="bench-"))
-        for source in sorted(ADAPTERS.glob("*.py")):
+        for source in [*sorted(ADAPTERS.glob("*.py")), ROOT / "tools" / "ram.py"]:
             compile_file(source, self.here / "entries" / (source.stem + ".mpy"))
         compile_library(self.here)
         for entry in entries:

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import emulator
-from bench_journal import KEPT, LIVES, SCRIPT, WORK, Missing, Unix, compile_library, progress
+from bench_common import Missing, compile_library, progress
+from bench_journal import KEPT, LIVES, SCRIPTS, WORK, Unix
 from littlefs import LittleFS
 
 BLOCKS = 212  # of a Pico W's file system
@@ -109,7 +110,7 @@ print(diff(now(), t0))
 def file_system(names):
     """An image of the board's file system with the compiled library, and a block from which on so many are free."""
     fs = LittleFS(block_size=4096, block_count=BLOCKS, prog_size=256)
-    for name, path in [(n.as_posix(), WORK / "lib" / n) for n in names] + [(SCRIPT.name, SCRIPT)]:
+    for name, path in [(n.as_posix(), WORK / "lib" / n) for n in names] + [(path.name, path) for path in SCRIPTS]:
         fs.makedirs(("/lib/" + name).rpartition("/")[0], exist_ok=True)
         with fs.open("/lib/" + name, "wb") as f:
             f.write(path.read_bytes())
@@ -145,7 +146,7 @@ class Board:
 
 
 def main(firmware):
-    names = compile_library()
+    names = compile_library(WORK)
     board = Board(firmware, names)
     unix = Unix()
     print("empty loop: %s us a turn" % board.run(TURNS))

@@ -12,6 +12,11 @@ class Entry:
     def __init__(self, port, home, in_flight):
         from mqtt_durable.client import Client
 
+        device = None
+        if home == "ram":
+            from ram import Ram
+
+            device = Ram(65536)
         self.got = 0
         self.wanted = 1 << 30
         self.enough = asyncio.Event()
@@ -22,6 +27,7 @@ class Entry:
                 "session": {"clean": False, "in_flight": in_flight},
                 "journal": {"home": home, "size_kib": 64, "when_full": "wait"},
             },
+            device=device,
             backoff_ms=(100, 1000),
         )
         self.client.on(str(TOPIC, "utf-8"), self.came)

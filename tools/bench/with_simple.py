@@ -15,8 +15,13 @@ class Entry(with_umqtt.Entry):
     def __init__(self, port, home, in_flight):
         from mqtt_durable.simple import MQTTClient
 
+        device = None
+        if home == "ram":
+            from ram import Ram
+
+            device = Ram(65536)
         self.got = 0
-        self.client = MQTTClient("bench", HOST, port, home=home, in_flight=in_flight)
+        self.client = MQTTClient("bench", HOST, port, home=home, device=device, in_flight=in_flight)
         self.client.set_callback(self.came)
 
     def publish(self, qos, n):
