@@ -9,6 +9,7 @@ and its panel says so.
 import argparse
 import json
 import math
+import time
 from pathlib import Path
 
 from bench_common import BUILD, number
@@ -19,7 +20,7 @@ COLOUR = {True: "#1f7a52", False: "#9fb0ba"}
 MISSED = "#d6454f"
 WIDE = 1240
 PANEL_W, PANEL_GAP = 380, 30
-LEFT, TOP = 30, 92
+LEFT, TOP = 30, 104
 ROW, BAR = 19, 13
 LABEL_W, VALUE_W = 168, 44
 
@@ -44,6 +45,7 @@ def svg(results, title, bars_of):
     d = Drawing()
     d.text(LEFT, 36, "MQTT clients side by side", "h1")
     d.text(LEFT, 58, title, "h2")
+    d.text(LEFT, 74, "a line across: what ours has to reach, red where it does not", "s")
     x, y, low = LEFT, TOP, 0
     for panel in PANELS:
         rows = [(name, row[panel[1]]) for name, row in results.get(panel[0], {}).items() if panel[1] in row]
@@ -127,14 +129,15 @@ def _fault_colour(text):
 
 
 def main():
-    from bench_peers import bars_of
+    from bench_peers import ABOUT, bars_of
 
     parser = argparse.ArgumentParser(prog="bench_plot.py")
     parser.add_argument("results", nargs="?", type=Path, default=BUILD / "bench.json")
     parser.add_argument("-o", dest="out", type=Path, default=BUILD / "bench.svg")
     options = parser.parse_args()
-    found = json.loads(options.results.read_text())
-    options.out.write_text(svg(found["results"], found.get("about", ""), bars_of))
+    results = json.loads(options.results.read_text())["results"]
+    day = time.strftime("%Y-%m-%d", time.localtime(options.results.stat().st_mtime))
+    options.out.write_text(svg(results, ABOUT % day, bars_of))
 
 
 if __name__ == "__main__":
