@@ -91,6 +91,7 @@ NAMES = (
 )
 HAVE_QOS2 = "client", "simple", PAHO
 PERSIST = "client", "simple"
+SHIM = "machine.py", "network.py"  # for mqtt_as
 RTT_MS = 20, 50
 WINDOWS = 16, 64
 CPU_FEW, CPU_MANY = 100, 300  # without collections each allocation costs more than the last: few messages
@@ -197,6 +198,8 @@ class Bench:
         self.here = Path(tempfile.mkdtemp(prefix="bench-"))
         for source in [*sorted(ADAPTERS.glob("*.py")), ROOT / "tools" / "ram.py"]:
             compile_file(source, self.here / "entries" / (source.stem + ".mpy"))
+        for name in SHIM:
+            compile_file(ROOT / "tools" / "shim" / name, self.here / "shim" / (name[:-2] + "mpy"))
         compile_library(self.here)
         for entry in entries:
             for path, source in entry.sources.items():
@@ -218,7 +221,7 @@ class Bench:
             return "failed"
 
     def paths(self, entry):
-        return [self.here / "entries", self.here / "lib", self.here / "peers" / entry.name, ROOT / "tools" / "shim"]
+        return [self.here / "entries", self.here / "lib", self.here / "peers" / entry.name, self.here / "shim"]
 
     def start(self, entry, job, port, *arguments, home="ram", in_flight=16, heap="32m", tool=(), keep=False):
         """Start a job; return its Job.  keep: what it has stored before stays."""
