@@ -818,6 +818,7 @@ def faults(bench):
                     row[kind] = "stores nothing"
                     continue
                 row[kind] = Trial(bench, entry, qos, kind, 1).run()
+                progress("faults:   " + row[kind])
     return {"faults": in_order(bench, rows)}
 
 
