@@ -259,7 +259,12 @@ class Recall:
             if distance != _UNSAID and last != self._upto:
                 self._finish(last, -1)
         elif kind == _FACTS:
-            self._replay_facts(self.journal.body(pos) or b"")
+            buf = self.journal.buf
+            if buf[4] == UPTO and buf[2] == 7 and not (buf[3] or self._unknown):
+                # The usual case: one entry.
+                self._finish(buf[5] | buf[6] << 8, _position(buf, 7))
+            else:
+                self._replay_facts(self.journal.body(pos) or b"")
         elif kind == _SUBS:
             if self.journal.buf[2] or self.journal.buf[3]:
                 self._found_subscriptions(pos)
@@ -316,7 +321,9 @@ class Recall:
         out = self.session.out
         age = (newest - last) % _IDS
         n = (newest - self._upto) % _IDS - age
-        if n > len(out):
+        if n == 1:
+            out.pop(last, None)
+        elif n > len(out):
             for packet_id in [p for p in out if (newest - p) % _IDS >= age]:
                 del out[packet_id]
         else:
