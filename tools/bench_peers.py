@@ -232,7 +232,7 @@ class Bench:
         directory.mkdir(parents=True, exist_ok=True)
         words = ["with_" + entry.name, job, port, home, in_flight, *arguments]
         if entry.name == PAHO:
-            command = [sys.executable, str(ADAPTERS / "job.py")]
+            command = [sys.executable, "-u", str(ADAPTERS / "job.py")]
             env = dict(os.environ, PYTHONPATH=str(ADAPTERS))
         else:
             program = "import sys, job; job.main(*sys.argv[1:])"
