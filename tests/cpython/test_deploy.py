@@ -171,7 +171,7 @@ def test_the_program_is_ended_in_order_and_the_board_waits_without_main_py(tmp_p
     fs.mkdir()
     (fs / "boot.py").write_text("print('begins')\n")
     (fs / "main.py").write_text(
-        "import time\nprint('main')\ntry:\n    while True:\n        time.sleep(1)\n"
+        "import time\ntry:\n    print('main')\n    while True:\n        time.sleep(1)\n"
         "except KeyboardInterrupt:\n    open('closed', 'w').close()\n"
     )
     with PtyBoard(fs) as there:
