@@ -6,13 +6,10 @@ is another library with other errors and no handshake inside read() and write():
 
 import contextlib
 import json
-import os
 import queue
 import re
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -21,9 +18,8 @@ import pytest
 from brokers import Mosquitto
 from certs import Authority
 from proxy import DOWN, UP, Proxy
+from upydevice import PATIENCE_S, UpyDevice
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60
 
 # Says each failure and each pause; play(client), in front of it, is the test's own part.
 DEVICE = """
@@ -83,45 +79,14 @@ async def play(client):
 """
 
 
-class Device:
+class Device(UpyDevice):
     """The client on MicroPython, its files in directory; tls: the configuration's section."""
 
     def __init__(self, directory, port, tls, play, **options):
         options.setdefault("backoff_ms", (20, 200))
-        self.lines = []
         broker = {"host": "127.0.0.1", "port": port, "tls": tls}
         configuration = {"wifi": None, "broker": broker, "client_id": "p7", "journal": {"home": "ram"}}
-        (directory / "device.json").write_text(json.dumps({"config": configuration, "options": options}))
-        (directory / "device.py").write_text(play + DEVICE)
-        micropython = os.environ.get("MICROPYTHON") or str(Path(sys.executable).parent / "micropython")
-        path = ":".join([".frozen", str(ROOT / "lib"), str(ROOT / "tools" / "shim"), str(ROOT / "tools")])
-        self._process = subprocess.Popen(
-            [micropython, "-X", "heapsize=64m", "device.py"],
-            cwd=directory,
-            env=dict(os.environ, MICROPYPATH=path),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._watch = threading.Timer(PATIENCE_S, self._process.kill)
-        self._watch.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._watch.cancel()
-        self._process.kill()
-        self._process.communicate()
-
-    def line(self, text):
-        """Read on to a line that begins like this; return what follows."""
-        for line in self._process.stdout:
-            self.lines.append(line.rstrip())
-            if line.startswith(text):
-                return line.rstrip()[len(text) :].strip()
-        raise AssertionError("never said %r: %r" % (text, self.lines))
+        super().__init__(directory, play + DEVICE, {"config": configuration, "options": options}, "64m")
 
     def failures(self, n):
         """The texts of the next n failures; each followed by a pause that is longer than the one before."""
