@@ -849,6 +849,49 @@ def test_a_message_in_pieces_may_be_carried_forward_meanwhile():
     assert powercut.publish_fields(packets[0])[2] == payload
 
 
+def test_a_message_may_be_sent_at_once_only_when_nothing_else_is_to_be_sent_and_then_counts_as_sent():
+    nor, store = _begin()
+    first, second = _publish(store, 2)
+    assert not store.at_once(second)  # first the first
+    assert [packet[1] for packet in _sent(store)] == [first, second]
+    third = _publish(store, 1, qos=2)[0]
+    assert store.at_once(third) and not store.at_once(third)
+    assert _sent(store) == [] and store.sent == 3
+    store.on_ack(PUBREC, third)
+    fourth = _publish(store, 1)[0]
+    assert not store.at_once(fourth)  # the PUBREL comes before it
+    assert [packet[:2] for packet in _sent(store)] == [(0x62, third), (0x32, fourth)]
+    fifth = _publish(store, 1)[0]
+    assert not store.at_once(fifth)  # the window is full
+    store.on_ack(PUBACK, first)
+    assert not store.at_once(fifth)  # it waits on flash
+    assert [packet[1] for packet in _sent(store)] == [fifth]
+    store.connected(True, 7)
+    for packet_id in (second, third, fourth, fifth):
+        assert not store.at_once(packet_id)
+    assert [packet[:2] for packet in _sent(store)] == [(0x3A, second), (0x62, third), (0x3A, fourth), (0x3A, fifth)]
+    for packet_id in (second, fourth, fifth):
+        store.on_ack(PUBACK, packet_id)
+    sixth = _publish(store, 1)[0]
+    assert store.at_once(sixth)
+    store.disconnected()
+    assert not store.at_once(_publish(store, 1)[0])
+    store = _reopen(nor)
+    assert (0x3A, sixth, b"0") in _sent(store)
+
+
+def test_nothing_is_sent_at_once_in_the_middle_of_a_message():
+    _, store = _begin()
+    _publish(store, 1, size=300)
+    buf = memoryview(bytearray(128))
+    assert store.fill(buf, 0) == 128 and store.rest
+    packet_id = _publish(store, 1)[0]
+    assert not store.at_once(packet_id)
+    while store.rest:
+        store.fill(buf, 0)
+    assert not store.at_once(packet_id)
+
+
 def test_fill_leaves_what_is_in_the_buffer_before_it():
     nor, store = _begin()
     store.publish("t", b"abc", 1)

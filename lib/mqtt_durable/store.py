@@ -339,6 +339,26 @@ class Store(Recall):
         self.commit()  # before the sector is erased
         return True
 
+    def at_once(self, packet_id):
+        """Whether the message that publish() has just returned is all that is to be sent: it then counts as sent.
+
+        The caller sends it, whole, before it calls fill() again: it has at hand what fill() would read from flash.
+        """
+        if (
+            self._taken != packet_id
+            or self._sent_to % _IDS + 1 != packet_id
+            or self._resend
+            or self._held_back
+            or self.rest
+            or self.answers
+            or self.hold
+            or not self.online
+        ):
+            return False
+        self._sent_to = packet_id
+        self.sent += 1
+        return True
+
     def fill(self, buf, off):
         """Write what is to be sent into buf from off on, whole packets one after the other; return the next offset.
 
