@@ -1632,7 +1632,13 @@ def test_everything_is_written_in_pieces_that_a_pico_w_takes_with_a_turn_after_e
             assert await client.drain(20)
             await client.close()
         assert max(calls) <= 800 and sum(calls) > 4 * 3000 + 900
-        assert calls[1::2] == [0] * (len(calls) // 2) and 0 not in calls[::2]
+        together = [0]
+        for n in calls:
+            if n:
+                together[-1] += n
+            else:
+                together.append(0)
+        assert max(together) <= 800
         assert [len(payload) for _, payload, _ in rig.broker.delivered] == [3000] * 3
         assert rig.broker.packets[0].password == "p" * 3000
 
@@ -1950,7 +1956,7 @@ def test_message_there_is_no_memory_for_comes_again():
         module = sys.modules["mqtt_durable.client"]
         real = module.Message
 
-        def no_room(decoder):
+        def no_room(*_):
             module.Message = real
             raise MemoryError("no room")
 

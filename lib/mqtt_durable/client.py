@@ -1,7 +1,8 @@
 """The asyncio front end: connection, reconnection, keep-alive, dispatch to the program's handlers.
 
-One task reads, one writes, one keeps the connection up, one runs the program's handlers; none of the first two ever
-runs the program's code.  What must survive power loss is the store's, and is recorded before publish() returns; or,
+One task reads, one writes, one keeps the connection up, one runs the program's coroutines.  A change of task costs as
+much as all else, so what can be done at once is: publish() and the reader write to the socket themselves while the
+writer has nothing to do and the socket takes it, and the reader calls a plain handler.  What must survive power loss is the store's, and is recorded before publish() returns; or,
 where the configuration has a grace, within that by a task of its own, unless the broker was quicker.
 """
 
@@ -42,6 +43,7 @@ from .packet import (
     encode_subscribe,
     encode_unsubscribe,
     matches,
+    put_publish_head,
     utf8,
     Decoder,
 )
@@ -53,6 +55,8 @@ _RECEIVE_BYTES = const(768)
 _INBOX = const(16)  # messages received that wait for their handler
 _INBOX_BYTES = const(8192)  # their payloads, not counting the last one taken
 _OUTBOX = const(8)  # QoS 0 messages that wait for the writer
+_BURST = const(512)  # bytes that publish() sends before it lets the other tasks run
+_LARGEST_HEAD = const(9)  # of a PUBLISH, not counting its topic name
 _PULSE_MS = const(1000)
 _RAM_BYTES = const(32768)  # of a journal that lost its home
 _ENDURANCE = const(100000)  # erases of a sector
@@ -68,19 +72,30 @@ class Message:
     again with the same token.  .path, .size, .error: see Client.on_file().
     """
 
-    path = size = error = None
+    path = size = error = token = None
     _sink = None  # the files.Sink that has its payload
+    _coroutine = None  # what its handler has returned
 
-    def __init__(self, decoder):
+    def __init__(self, decoder, epoch):
+        # An attribute more would cost a larger table, and the time to build it.
         self.topic = decoder.topic
+        payload = decoder.payload
         # None, and no sink: too large, only to be acknowledged in its turn.
-        self.payload = None if decoder.payload is None else bytes(decoder.payload)
-        self.qos = decoder.qos
-        self.retain = bool(decoder.flags & 1)
-        self.dup = bool(decoder.flags & 8)
-        self.token = None
-        self._packet_id = decoder.packet_id
-        self._epoch = 0
+        self.payload = None if payload is None else bytes(payload)
+        self._flags = decoder.flags
+        self._id = epoch << 16 | decoder.packet_id
+
+    @property
+    def qos(self):
+        return self._flags >> 1 & 3
+
+    @property
+    def retain(self):
+        return self._flags & 1 != 0
+
+    @property
+    def dup(self):
+        return self._flags & 8 != 0
 
 
 class Client:
@@ -170,6 +185,8 @@ class Client:
         self.on_connect = None  # called with session_present after each CONNACK
         self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
         self._send = memoryview(bytearray(_SEND_BYTES))
+        self._quick = False  # the writer waits for something to do: whoever has something may write
+        self._burst = 0
         self._stream = None
         self._run_task = None
         self._down = asyncio.Event()  # the connection has failed
@@ -245,6 +262,9 @@ class Client:
             await _within(3000, self._run_task)  # or it is cancelled
         finally:
             self._run_task = None
+            for message in self._inbox:
+                if message._coroutine is not None:
+                    message._coroutine.close()
             self._inbox = deque((), _INBOX)
             self._inbox_bytes = 0
             self.store.session.busy.clear()
@@ -271,44 +291,108 @@ class Client:
         OSError: the flash failed, and only .mark tells whether the message was stored before it did; the journal is
         mounted anew, with JournalUnavailable for messages until then.
         """
-        if isinstance(payload, str):
-            payload = payload.encode()
-        elif not isinstance(payload, (bytes, bytearray, memoryview)):
-            raise ValueError("payload: expected text or bytes")
+        if type(payload) is not bytes:
+            if isinstance(payload, str):
+                payload = payload.encode()
+            elif not isinstance(payload, (bytes, bytearray, memoryview)):
+                raise ValueError("payload: expected text or bytes")
+        packet_id = None
         if qos == 0:
             if mark is not None:
                 raise ValueError("mark: needs QoS 1 or 2")
-            data = encode_publish(check_topic(topic), payload, retain)
+            check_topic(topic)
             while self.connected and len(self._outbox) >= _OUTBOX:
                 self._sent.clear()
                 await self._sent.wait()
-            if not self.connected:
-                self.discarded += 1
-                return None
-            self._outbox.append(data)
-            packet_id = None
+            self._publish_0(topic, payload, retain)
         elif qos == 1 or qos == 2:
             while True:
-                if not self.store.journal.usable and self._stream is None:
-                    self._remount()
-                try:
-                    packet_id = self.store.publish(topic, payload, qos, retain, mark)
-                    self._begin_grace(packet_id)
+                packet_id = self._publish(topic, payload, qos, retain, mark)
+                if packet_id:
                     break
-                except JournalFull as e:
-                    self.log.add(INFO if self._waits else WARNING, "publish", e)
-                    if not self._waits:
-                        raise
-                except OSError as e:
-                    self._journal_failed(e)
-                    raise
                 self._progress.clear()
                 await self._progress.wait()
         else:
             raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
-        self._wake.set()
-        await asyncio.sleep_ms(0)  # a program that only publishes must not keep the writer from its turn
+        if self._burst >= _BURST:
+            self._burst = 0
+            await asyncio.sleep_ms(0)  # a program that only publishes must not keep the others from their turn
         return packet_id
+
+    def _publish_0(self, topic, payload, retain):
+        if not self.connected:
+            self.discarded += 1
+            self._burst = _BURST
+            return
+        topic = check_topic(topic)
+        if not self._send_now(0x31 if retain else 0x30, topic, 0, payload):
+            self._outbox.append(encode_publish(topic, payload, retain))
+            self._wake.set()
+
+    def _publish(self, topic, payload, qos, retain, mark):
+        """Store a message, and send it if that can be done at once; return its packet identifier, 0: try again later."""
+        store = self.store
+        if self._stream is None and not store.journal.usable:
+            self._remount()
+        try:
+            packet_id = store.publish(topic, payload, qos, retain, mark)
+        except JournalFull as e:
+            self.log.add(INFO if self._waits else WARNING, "publish", e)
+            if self._waits:
+                return 0
+            raise
+        except OSError as e:
+            self._journal_failed(e)
+            raise
+        if self._grace_ms:
+            self._begin_grace(packet_id)
+        if not self._send_now(0x30 | qos << 1 | (1 if retain else 0), topic, packet_id, payload):
+            self._wake.set()
+        return packet_id
+
+    def _send_now(self, first, topic, packet_id, payload):
+        """Send a PUBLISH if the writer has nothing to do, and nothing is to be sent before it.  first: its first byte.
+        packet_id: 0 at QoS 0."""
+        if self._quick and not self._outbox:
+            topic = check_topic(topic)
+            n = len(payload)
+            if len(topic) + n <= _SEND_BYTES - _LARGEST_HEAD and (not packet_id or self.store.at_once(packet_id)):
+                buf = self._send
+                off = put_publish_head(buf, 0, first, topic, packet_id, n)
+                n += off
+                buf[off:n] = payload
+                self._burst += n
+                self._write_now(n)
+                return True
+        self._burst = _BURST
+        return False
+
+    def _write_now(self, n):
+        """Write n bytes of the buffer while the writer has nothing to do; it sends what the socket does not take."""
+        stream = self._stream
+        self._last_sent = time.ticks_ms()
+        try:
+            stream.write(self._send[:n])
+        except OSError as e:
+            self._quick = False
+            self._failed(e)
+            self._down.set()
+            return
+        if stream.out_buf:
+            self._quick = False
+            self._wake.set()
+
+    def _flush(self):
+        """Send what is to be sent, or have the writer do it.  Raises JournalFull, OSError from the device."""
+        if self._quick and not self._outbox and not (self._files and self._files.upload):
+            store = self.store
+            n = store.fill(self._send, 0)
+            if n:
+                self._write_now(n)
+                self._sent.set()
+            if not store.unsent:
+                return
+        self._wake.set()
 
     def _begin_grace(self, packet_id):
         # Either this one waits in RAM now, or none does any more.
@@ -361,15 +445,15 @@ class Client:
         """
         try:
             if timeout_s is None:
-                await self._drain()
+                await self._until_drained()
             elif self.store.waiting or not self.store.journal.usable:
-                await asyncio.wait_for_ms(self._drain(), int(timeout_s * 1000))
+                await asyncio.wait_for_ms(self._until_drained(), int(timeout_s * 1000))
         except asyncio.TimeoutError:
             self._settle_now()
             return False
         return True
 
-    async def _drain(self):
+    async def _until_drained(self):
         await self._mounted()
         while self.store.waiting:
             self._progress.clear()
@@ -590,8 +674,8 @@ class Client:
             self._move(e, waiting)
         self._log_journal()
         for message in [self._handling] + list(self._inbox):
-            if message is not None and message.qos and message._epoch == self._epoch:
-                store.session.busy.add(message._packet_id)
+            if message is not None and message.qos and message._id >> 16 == self._epoch:
+                store.session.busy.add(message._id & 0xFFFF)
         self._sweep()
 
     def _move(self, error, waiting):
@@ -686,7 +770,7 @@ class Client:
             if self._leaving:  # the writer says good-bye
                 await asyncio.wait_for_ms(self._said.wait(), 2000)
         finally:
-            self.connected = False
+            self.connected = self._quick = False
             try:
                 await _end(tasks)
             finally:
@@ -744,7 +828,7 @@ class Client:
         self._addresses.good()
 
     async def _receive(self, stream):
-        self._wake.set()
+        self._flush()
         n = await stream.readinto(self._decoder.space())
         if n == 0:
             raise OSError(errno.ECONNRESET, "the broker closed the connection")
@@ -754,13 +838,15 @@ class Client:
 
     async def _put(self, data):
         """Send data in pieces that a Pico W's lwIP takes without waiting, each with a turn for the loop after it."""
-        stream = self._stream
         data = memoryview(data)
         for off in range(0, len(data), _SEND_BYTES):
-            self._put_at = time.ticks_ms()
-            stream.write(data[off : off + _SEND_BYTES])
-            await stream.drain()
+            self._stream.write(data[off : off + _SEND_BYTES])
+            await self._drain()
         self._last_sent = time.ticks_ms()
+
+    async def _drain(self):
+        self._put_at = time.ticks_ms()
+        await self._stream.drain()
         self._put_at = None
 
     async def _read(self):
@@ -775,7 +861,8 @@ class Client:
             while not store.can_answer:
                 await self._room()
             if kind == PUBLISH:
-                await self._on_publish()
+                if self._take(decoder.flags >> 1 & 3) and not self._handle_now():
+                    await self._enqueue(decoder.qos)
             elif kind == SUBACK or kind == UNSUBACK:
                 self._on_granted(kind)
             elif kind == PINGRESP:
@@ -791,18 +878,55 @@ class Client:
         self._wake.set()
         await self._sent.wait()
 
-    async def _on_publish(self):
+    def _take(self, qos):
+        """Whether the message that the decoder has is to be handled.  Raises ProtocolError, JournalFull, OSError."""
         decoder = self._decoder
-        store = self.store
-        qos = decoder.qos
+        if qos:
+            store = self.store
+            packet_id = decoder.packet_id
+            if store.session.is_too_much(packet_id):
+                # mosquitto 2.0 after a reconnection: it sends all that waits, whatever its window.
+                self._pass_over("the broker sends too much at once")
+                self.passed_over += 1
+                return False
+            return store.on_publish(qos, packet_id)
+        return True
+
+    def _handle_now(self):
+        """Have a plain handler handle the message that the decoder has; False if that has to wait for its turn."""
+        decoder = self._decoder
+        if self._inbox or self._handling is not None or self._files or self._passed_over or decoder.payload is None:
+            return False
+        topic = decoder.topic
+        for topic_filter, handler in self._handlers:
+            if topic_filter == topic or matches(topic_filter, topic):
+                break
+        else:
+            return False
+        try:
+            message = Message(decoder, self._epoch)
+        except MemoryError:
+            self.store.session.busy.discard(decoder.packet_id)  # it has to come again
+            raise
+        self._begin(message)
+        try:
+            result = handler(message)
+            if result is not None and hasattr(result, "send"):  # for the dispatcher to await
+                message._coroutine = result
+                self._inbox.append(message)
+                self._inbox_bytes += len(message.payload)
+                self._arrived.set()
+                self._handling = None
+                return True
+        except (Exception, asyncio.CancelledError) as e:
+            self._handler_failed(e, "handler of " + topic)
+        self._handled(message)
+        return True
+
+    async def _enqueue(self, qos):
+        """Have the message that the decoder has wait for its turn."""
+        decoder = self._decoder
         packet_id = decoder.packet_id
-        if qos and store.session.is_too_much(packet_id):
-            # mosquitto 2.0 after a reconnection: it sends all that waits, whatever its window.
-            self._pass_over("the broker sends too much at once")
-            self.passed_over += 1
-            return
-        if qos and not store.on_publish(qos, packet_id):
-            return
         sink = self._files and self._files.sink()
         if decoder.payload is None and not sink:
             self.too_large += 1
@@ -812,8 +936,7 @@ class Client:
         taken = False
         try:
             if await self._has_room(qos, sink):
-                message = Message(decoder)
-                message._epoch = self._epoch
+                message = Message(decoder, self._epoch)
                 if sink:
                     await sink.receive(message)
                 self._inbox.append(message)
@@ -822,7 +945,7 @@ class Client:
                 taken = True
         finally:
             if qos and not taken:
-                store.session.busy.discard(packet_id)  # it has to come again
+                self.store.session.busy.discard(packet_id)  # it has to come again
 
     async def _has_room(self, qos, sink):
         """Wait until the inbox, and the sink, has room for a message of this QoS; False if it cannot be taken.
@@ -864,6 +987,8 @@ class Client:
         outbox = self._outbox
         turn = False
         while True:
+            if self._stream.out_buf:
+                await self._drain()
             off = 0
             large = False
             turn = not turn
@@ -892,7 +1017,9 @@ class Client:
                     return
             elif not off and not large:
                 self._wake.clear()
+                self._quick = True
                 await self._wake.wait()
+                self._quick = False
 
     async def _pulse(self):
         """Keep-alive, and what is done when nothing else is: lazy records, erasing ahead."""
@@ -1064,13 +1191,13 @@ class Client:
             while not inbox:
                 self._arrived.clear()
                 await self._arrived.wait()
-            self._handling = message = inbox.popleft()
+            message = inbox.popleft()
             self._inbox_bytes -= len(message.payload or b"")
             self._accepted.set()
+            self._handling = message
             if message.payload is not None or message._sink:
-                self.received += 1
-                if message.qos == 2:
-                    message.token = store.token(message._packet_id)
+                if message._coroutine is None:
+                    self._begin(message)
                 where = "handler of " + message.topic
                 try:
                     await self._deliver(message)
@@ -1082,20 +1209,37 @@ class Client:
                     self._handler_failed(e, where)
                 except Exception as e:
                     self._handler_failed(e, where)
+            while message.qos and self.connected and not store.can_answer:
+                await self._room()
+            self._handled(message)
             if message.qos:
-                while self.connected and not store.can_answer:
-                    await self._room()
-                try:
-                    # -1: the session it came in is over, nobody waits for an answer.
-                    epoch = store.session.epoch if message._epoch == self._epoch else -1
-                    store.handled(message.qos, message._packet_id, epoch)
-                except Exception as e:
-                    store.session.busy.discard(message._packet_id)  # it has to come again
-                    self._journal_failed(e)
                 self._wake.set()
-            self._handling = None
+
+    def _begin(self, message):
+        """The program gets a message."""
+        self._handling = message
+        self.received += 1
+        if message._flags & 4:
+            message.token = self.store.token(message._id & 0xFFFF)
+
+    def _handled(self, message):
+        """The program is done with a message: acknowledge it."""
+        qos = message._flags >> 1 & 3
+        if qos:
+            store = self.store
+            packet_id = message._id & 0xFFFF
+            try:
+                # -1: the session it came in is over, nobody waits for an answer.
+                store.handled(qos, packet_id, store.session.epoch if message._id >> 16 == self._epoch else -1)
+            except Exception as e:
+                store.session.busy.discard(packet_id)  # it has to come again
+                self._journal_failed(e)
+        self._handling = None
 
     async def _deliver(self, message):
+        if message._coroutine is not None:
+            await message._coroutine
+            return
         while True:
             for topic_filter, handler in self._handlers:
                 if message._sink or matches(topic_filter, message.topic):

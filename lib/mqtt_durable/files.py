@@ -250,10 +250,7 @@ class Upload:
                 first |= 8
             self.begun = self.half = True
             head = bytearray(len(self._topic) + 9)
-            if self.packet_id:
-                off = put_publish_head(head, 0, first, self._topic, self.packet_id, left)
-            else:
-                off = put_publish_head(head, 0, first, self._topic, 0, left - 2) - 2  # no packet identifier
+            off = put_publish_head(head, 0, first, self._topic, self.packet_id, left)
             piece = memoryview(head)[:off]
             while True:
                 self.sent = not left  # before it is known: the PUBACK may be quicker

@@ -24,6 +24,10 @@ PINGRESP = const(13)
 PINGREQ_BYTES = b"\xc0\x00"
 DISCONNECT_BYTES = b"\xe0\x00"
 
+_KNOWN = const(8)  # topic names that need not be checked again
+_SHORT = const(96)  # bytes of the longest of these
+_checked = {}  # such a name, as it was given -> its UTF-8 bytes
+
 # Remaining length and flags a packet of this type must have when it comes from a server; -1: checked by its parser.
 _FIXED = {CONNACK: 2, PUBACK: 2, PUBREC: 2, PUBREL: 2, PUBCOMP: 2, UNSUBACK: 2, PINGRESP: 0, PUBLISH: -1, SUBACK: -1}
 
@@ -69,11 +73,21 @@ def check_topic(topic_name):
     Raises ValueError if it is empty, longer than 65535 bytes, ill-formed or holds a wildcard.
     MQTT 3.1.1 section 4.7 [MQTT-4.7.1-1, 4.7.3-1 to -3, 3.3.2-2].
     """
-    data = _text(topic_name, "topic name")
-    if not data:
-        raise ValueError("topic name: empty")
-    if b"+" in data or b"#" in data:
-        raise ValueError("topic name: a wildcard belongs in a topic filter")
+    try:
+        data = _checked.get(topic_name)
+    except TypeError:  # a bytearray
+        data = None
+        topic_name = bytes(topic_name)
+    if data is None:
+        data = _text(topic_name, "topic name")
+        if not data:
+            raise ValueError("topic name: empty")
+        if b"+" in data or b"#" in data:
+            raise ValueError("topic name: a wildcard belongs in a topic filter")
+        if len(data) <= _SHORT:
+            if len(_checked) >= _KNOWN:
+                _checked.clear()
+            _checked[topic_name] = data
     return data
 
 
@@ -131,11 +145,13 @@ def put_fixed_header(buf, off, first, remaining_length):
 
 
 def put_publish_head(buf, off, first, topic_name, packet_id, payload_size):
-    """Write a QoS 1 or 2 PUBLISH up to its payload of payload_size bytes, which the caller sends next; return the next
-    offset.  first: its first byte.  topic_name: checked UTF-8 bytes; 6-9 bytes more than that.  MQTT 3.1.1 section 3.3.
+    """Write a PUBLISH up to its payload of payload_size bytes, which the caller sends next; return the next offset.
+
+    first: its first byte.  topic_name: checked UTF-8 bytes; 4-9 bytes more than that.  packet_id: 0 at QoS 0.
+    MQTT 3.1.1 section 3.3.
     """
     n = len(topic_name)
-    length = n + 4 + payload_size
+    length = n + payload_size + (4 if packet_id else 2)
     if length < 128:
         pack_into(">BBH", buf, off, first, length, n)
         off += 4
@@ -145,8 +161,10 @@ def put_publish_head(buf, off, first, topic_name, packet_id, payload_size):
         off += 2
     buf[off : off + n] = topic_name
     off += n
-    pack_into(">H", buf, off, packet_id)
-    return off + 2
+    if packet_id:
+        pack_into(">H", buf, off, packet_id)
+        off += 2
+    return off
 
 
 def put_ack(buf, off, packet_type, packet_id):
@@ -206,7 +224,9 @@ def encode_connect(client_id, clean_session, keep_alive_s, username=None, passwo
 
 def encode_publish(topic_name, payload, retain=False):
     """Return a whole QoS 0 PUBLISH.  topic_name: checked UTF-8 bytes.  MQTT 3.1.1 section 3.3."""
-    return _packet(0x31 if retain else 0x30, _field(topic_name) + payload)
+    head = bytearray(len(topic_name) + 7)
+    n = put_publish_head(head, 0, 0x31 if retain else 0x30, topic_name, 0, len(payload))
+    return bytes(head[:n]) + payload
 
 
 def encode_subscribe(packet_id, topic_filter, qos):

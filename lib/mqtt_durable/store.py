@@ -400,6 +400,11 @@ class Store(Recall):
             self._held_back = 0
         return off
 
+    @property
+    def unsent(self):
+        """Whether fill() had no room for something."""
+        return self.rest or self.answers or self._held_back
+
     def _put_publish(self, buf, off, packet_id, pos):
         """Write a PUBLISH, or its beginning; return the next offset, 0 if it has to wait for a buffer of its own."""
         journal = self.journal
