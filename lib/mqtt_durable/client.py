@@ -279,7 +279,7 @@ class Client:
 
     # -- the program's calls
 
-    async def publish(self, topic, payload, qos=1, retain=False, mark=None):
+    def publish(self, topic, payload, qos=1, retain=False, mark=None):
         """Publish a message; at QoS 1 or 2 it survives power loss from the moment this returns.
 
         With journal.durability "grace" a QoS 1 message without a mark that is sent at once survives power loss only
@@ -291,43 +291,55 @@ class Client:
         OSError: the flash failed, and only .mark tells whether the message was stored before it did; the journal is
         mounted anew, with JournalUnavailable for messages until then.
         """
-        if type(payload) is not bytes:
-            if isinstance(payload, str):
-                payload = payload.encode()
-            elif not isinstance(payload, (bytes, bytearray, memoryview)):
-                raise ValueError("payload: expected text or bytes")
-        packet_id = None
-        if qos == 0:
-            if mark is not None:
-                raise ValueError("mark: needs QoS 1 or 2")
-            check_topic(topic)
-            while self.connected and len(self._outbox) >= _OUTBOX:
-                self._sent.clear()
-                await self._sent.wait()
-            self._publish_0(topic, payload, retain)
-        elif qos == 1 or qos == 2:
-            while True:
+        # No coroutine where nothing has to be waited for: it is the largest thing that a message takes from the heap.
+        try:
+            if type(payload) is not bytes:
+                if isinstance(payload, str):
+                    payload = payload.encode()
+                elif not isinstance(payload, (bytes, bytearray, memoryview)):
+                    raise ValueError("payload: expected text or bytes")
+            if qos == 1 or qos == 2:
                 packet_id = self._publish(topic, payload, qos, retain, mark)
-                if packet_id:
-                    break
-                self._progress.clear()
-                await self._progress.wait()
-        else:
-            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
-        if self._burst >= _BURST:
-            self._burst = 0
-            await asyncio.sleep_ms(0)  # a program that only publishes must not keep the others from their turn
+                if not packet_id:
+                    return self._publish_later(topic, payload, qos, retain, mark)
+            elif qos == 0:
+                if mark is not None:
+                    raise ValueError("mark: needs QoS 1 or 2")
+                topic = check_topic(topic)
+                packet_id = None
+                if not self._send_now(0x31 if retain else 0x30, topic, 0, payload):
+                    return self._publish_0_later(topic, payload, retain)
+            else:
+                raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
+            if self._burst < _BURST:
+                return _Done(packet_id)
+            return self._give_way(packet_id)
+        except Exception as e:
+            return _Failed(e)
+
+    async def _give_way(self, packet_id):
+        self._burst = 0
+        await asyncio.sleep_ms(0)  # a program that only publishes must not keep the others from their turn
         return packet_id
 
-    def _publish_0(self, topic, payload, retain):
-        if not self.connected:
-            self.discarded += 1
-            self._burst = _BURST
-            return
-        topic = check_topic(topic)
-        if not self._send_now(0x31 if retain else 0x30, topic, 0, payload):
+    async def _publish_later(self, topic, payload, qos, retain, mark):
+        packet_id = 0
+        while not packet_id:
+            self._progress.clear()
+            await self._progress.wait()
+            packet_id = self._publish(topic, payload, qos, retain, mark)
+        return packet_id
+
+    async def _publish_0_later(self, topic, payload, retain):
+        while self.connected and len(self._outbox) >= _OUTBOX:
+            self._sent.clear()
+            await self._sent.wait()
+        if self.connected:
             self._outbox.append(encode_publish(topic, payload, retain))
             self._wake.set()
+        else:
+            self.discarded += 1
+        await self._give_way(None)
 
     def _publish(self, topic, payload, qos, retain, mark):
         """Store a message, and send it if that can be done at once; return its packet identifier, 0: try again later."""
@@ -829,11 +841,7 @@ class Client:
 
     async def _receive(self, stream):
         self._flush()
-        n = await stream.readinto(self._decoder.space())
-        if n == 0:
-            raise OSError(errno.ECONNRESET, "the broker closed the connection")
-        if n:
-            self._decoder.fed(n)
+        self._decoder.fed(_some(await stream.readinto(self._decoder.space())))
         self._last_received = time.ticks_ms()
 
     async def _put(self, data):
@@ -856,13 +864,15 @@ class Client:
         while True:
             kind = decoder.next()
             if not kind:
-                await self._receive(stream)
+                self._flush()
+                decoder.fed(_some(await stream.readinto(decoder.space())))
+                self._last_received = time.ticks_ms()
                 continue
-            while not store.can_answer:
+            while store.answers and not store.can_answer:
                 await self._room()
             if kind == PUBLISH:
-                if self._take(decoder.flags >> 1 & 3) and not self._handle_now():
-                    await self._enqueue(decoder.qos)
+                if not self._on_publish():
+                    await self._enqueue()
             elif kind == SUBACK or kind == UNSUBACK:
                 self._on_granted(kind)
             elif kind == PINGRESP:
@@ -878,9 +888,13 @@ class Client:
         self._wake.set()
         await self._sent.wait()
 
-    def _take(self, qos):
-        """Whether the message that the decoder has is to be handled.  Raises ProtocolError, JournalFull, OSError."""
+    def _on_publish(self):
+        """Have a plain handler handle the message that the decoder has; False if that has to wait for its turn.
+
+        Raises ProtocolError, JournalFull, OSError.
+        """
         decoder = self._decoder
+        qos = decoder.flags >> 1 & 3
         if qos:
             store = self.store
             packet_id = decoder.packet_id
@@ -888,14 +902,10 @@ class Client:
                 # mosquitto 2.0 after a reconnection: it sends all that waits, whatever its window.
                 self._pass_over("the broker sends too much at once")
                 self.passed_over += 1
-                return False
-            return store.on_publish(qos, packet_id)
-        return True
-
-    def _handle_now(self):
-        """Have a plain handler handle the message that the decoder has; False if that has to wait for its turn."""
-        decoder = self._decoder
-        if self._inbox or self._handling is not None or self._files or self._passed_over or decoder.payload is None:
+                return True
+            if not store.on_publish(qos, packet_id):
+                return True
+        if self._inbox or self._handling or self._files or self._passed_over or decoder.payload is None:
             return False
         topic = decoder.topic
         for topic_filter, handler in self._handlers:
@@ -923,9 +933,10 @@ class Client:
         self._handled(message)
         return True
 
-    async def _enqueue(self, qos):
+    async def _enqueue(self):
         """Have the message that the decoder has wait for its turn."""
         decoder = self._decoder
+        qos = decoder.qos
         packet_id = decoder.packet_id
         sink = self._files and self._files.sink()
         if decoder.payload is None and not sink:
@@ -1173,14 +1184,16 @@ class Client:
     # -- messages
 
     def _on_finished(self, packet_id, delivered):
-        for i, young in enumerate(self._young):
-            if young[0] == packet_id:
-                del self._young[i]
-                break
-        waiter = self._waiters.pop(packet_id, None)
-        if waiter is not None:
-            waiter.result = delivered
-            waiter.event.set()
+        if self._young:
+            for i, young in enumerate(self._young):
+                if young[0] == packet_id:
+                    del self._young[i]
+                    break
+        if self._waiters:
+            waiter = self._waiters.pop(packet_id, None)
+            if waiter is not None:
+                waiter.result = delivered
+                waiter.event.set()
         self._progress.set()
 
     async def _dispatch(self):
@@ -1262,6 +1275,40 @@ class Client:
         self.log.add(ERROR, where, error, True)
 
 
+class _Done:
+    """A coroutine that has nothing to wait for."""
+
+    def __init__(self, result):
+        self._result = result
+
+    def __iter__(self):
+        return self
+
+    __await__ = __iter__
+
+    def __next__(self):
+        raise StopIteration(self._result)
+
+    def send(self, _):
+        raise StopIteration(self._result)
+
+    def throw(self, error, *_):
+        raise error
+
+    def close(self):
+        pass
+
+
+class _Failed(_Done):
+    """One that raises."""
+
+    def __next__(self):
+        raise self._result
+
+    def send(self, _):
+        raise self._result
+
+
 class _Messages:
     """client.messages: the messages that no handler takes, by `async for`.
 
@@ -1323,6 +1370,13 @@ class _Request(_Waiter):
         self.filter = topic_filter
         self.qos = qos
         self.packet_id = 0
+
+
+def _some(n):
+    """The bytes that readinto() has read: None is a false alarm, 0 the end."""
+    if n == 0:
+        raise OSError(errno.ECONNRESET, "the broker closed the connection")
+    return n or 0
 
 
 async def _within(limit_ms, awaitable):

@@ -24,6 +24,7 @@ PINGRESP = const(13)
 PINGREQ_BYTES = b"\xc0\x00"
 DISCONNECT_BYTES = b"\xe0\x00"
 
+_PUBACK = const(0x40)
 _KNOWN = const(8)  # topic names that need not be checked again
 _SHORT = const(96)  # bytes of the longest of these
 _checked = {}  # such a name, as it was given -> its UTF-8 bytes
@@ -267,6 +268,7 @@ class Decoder:
         self.flags = 0  # low nibble of the first byte
         self.packet_id = 0
         self.topic = ""
+        self._name = b""  # its bytes
         self.payload = None  # memoryview into the buffer (PUBLISH; SUBACK: the return codes)
         self.session_present = False
         self.return_code = 0
@@ -317,6 +319,14 @@ class Decoder:
             self.missing = 2 - (end - at)
             return 0
         first = buf[at]
+        if first == _PUBACK and buf[at + 1] == 2 and end - at >= 4:
+            packet_id = buf[at + 2] << 8 | buf[at + 3]
+            if packet_id:  # the usual case: what most packets are to who publishes
+                self._start = at + 4
+                self.flags = 0
+                self.packet_id = packet_id
+                self.type = PUBACK
+                return PUBACK
         kind = first >> 4
         fixed = _FIXED.get(kind)
         if fixed is None:
@@ -397,12 +407,15 @@ class Decoder:
         head = n + (2 if self.flags & 6 else 0)
         if not n or i + head > stop:
             raise ProtocolError("PUBLISH with a topic name of %d bytes" % n)
-        try:
-            self.topic = utf8(buf[i : i + n])
-        except ValueError as e:
-            raise ProtocolError("PUBLISH topic name: %s" % e)
-        if "+" in self.topic or "#" in self.topic:
-            raise ProtocolError("PUBLISH with a wildcard in its topic name")
+        name = buf[i : i + n]
+        if name != self._name:  # else it is that of the message before
+            try:
+                self.topic = utf8(name)
+            except ValueError as e:
+                raise ProtocolError("PUBLISH topic name: %s" % e)
+            if "+" in self.topic or "#" in self.topic:
+                raise ProtocolError("PUBLISH with a wildcard in its topic name")
+            self._name = bytes(name)
         i += n
         self.packet_id = 0
         if self.flags & 6:
