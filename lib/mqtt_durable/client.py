@@ -2,8 +2,9 @@
 
 One task reads, one writes, one keeps the connection up, one runs the program's coroutines.  A change of task costs as
 much as all else, so what can be done at once is: publish() and the reader write to the socket themselves while the
-writer has nothing to do and the socket takes it, and the reader calls a plain handler.  What must survive power loss is the store's, and is recorded before publish() returns; or,
-where the configuration has a grace, within that by a task of its own, unless the broker was quicker.
+writer has nothing to do and the socket takes it, and the reader calls a plain handler.  What must survive power loss is
+the store's, and is recorded before publish() returns; or, where the configuration has a grace, within that by a task of
+its own, unless the broker was quicker.
 """
 
 import asyncio
@@ -174,8 +175,7 @@ class Client:
             Journal(device, prog_size, size),
             session["in_flight"],
             journal["when_full"],
-            self._on_finished,
-            self._grace_ms > 0,
+            grace=self._grace_ms > 0,
         )
         self.store.open()
         self._log_journal()
@@ -220,6 +220,15 @@ class Client:
         self.messages = _Messages(self)
         self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
         self.protocol_errors = self.passed_over = 0
+        # What each message goes through is bound once.  That saves the search for a method, and with 74 attributes or
+        # more MicroPython's table of them, which grows only when it is full, has room: then what is not in it is seen
+        # at once.
+        self.publish = self.publish
+        self._publish = self._publish
+        self._send_now = self._send_now
+        self._write_now = self._write_now
+        self._on_publish = self._on_publish
+        self._flush = self._flush
 
     # -- life
 
@@ -325,8 +334,7 @@ class Client:
     async def _publish_later(self, topic, payload, qos, retain, mark):
         packet_id = 0
         while not packet_id:
-            self._progress.clear()
-            await self._progress.wait()
+            await self._progressed()
             packet_id = self._publish(topic, payload, qos, retain, mark)
         return packet_id
 
@@ -342,7 +350,7 @@ class Client:
         await self._give_way(None)
 
     def _publish(self, topic, payload, qos, retain, mark):
-        """Store a message, and send it if that can be done at once; return its packet identifier, 0: try again later."""
+        """Store a message, send it if that can be done at once; return its packet identifier, 0: there is no room."""
         store = self.store
         if self._stream is None and not store.journal.usable:
             self._remount()
@@ -382,17 +390,18 @@ class Client:
     def _write_now(self, n):
         """Write n bytes of the buffer while the writer has nothing to do; it sends what the socket does not take."""
         stream = self._stream
+        data = self._send[:n]
         self._last_sent = time.ticks_ms()
         try:
-            stream.write(self._send[:n])
+            taken = stream.s.write(data)
+            if taken == n:
+                return
+            stream.out_buf = bytes(data[taken or 0 :])
+            self._wake.set()
         except OSError as e:
-            self._quick = False
             self._failed(e)
             self._down.set()
-            return
-        if stream.out_buf:
-            self._quick = False
-            self._wake.set()
+        self._quick = False
 
     def _flush(self):
         """Send what is to be sent, or have the writer do it.  Raises JournalFull, OSError from the device."""
@@ -410,6 +419,7 @@ class Client:
         # Either this one waits in RAM now, or none does any more.
         if self.store.unsettled:
             self._young.append((packet_id, time.ticks_ms()))
+            self.store.finished = self._on_finished
             self._aging.set()
         else:
             self._young.clear()
@@ -446,6 +456,7 @@ class Client:
         waiter = self._waiters.get(packet_id)
         if waiter is None:
             waiter = self._waiters[packet_id] = _Waiter()
+            self.store.finished = self._on_finished
         await waiter.event.wait()
         if not waiter.result:
             raise MessageDropped("message %d" % packet_id)
@@ -468,15 +479,13 @@ class Client:
     async def _until_drained(self):
         await self._mounted()
         while self.store.waiting:
-            self._progress.clear()
-            await self._progress.wait()
+            await self._progressed()
             await self._mounted()
 
     async def _mounted(self):
         """Return when it is known what is stored: not while a flash that failed is not mounted anew."""
         while not self.store.journal.usable:
-            self._progress.clear()
-            await self._progress.wait()
+            await self._progressed()
 
     @property
     def idle(self):
@@ -896,29 +905,34 @@ class Client:
         decoder = self._decoder
         qos = decoder.flags >> 1 & 3
         if qos:
-            store = self.store
-            packet_id = decoder.packet_id
-            if store.session.is_too_much(packet_id):
+            try:
+                if not self.store.on_publish(qos, decoder.packet_id):
+                    return True
+            except ProtocolError:
                 # mosquitto 2.0 after a reconnection: it sends all that waits, whatever its window.
                 self._pass_over("the broker sends too much at once")
                 self.passed_over += 1
                 return True
-            if not store.on_publish(qos, packet_id):
-                return True
         if self._inbox or self._handling or self._files or self._passed_over or decoder.payload is None:
             return False
         topic = decoder.topic
-        for topic_filter, handler in self._handlers:
+        handler = None
+        for topic_filter, found in self._handlers:
             if topic_filter == topic or matches(topic_filter, topic):
+                handler = found
                 break
-        else:
+        if handler is None:
             return False
         try:
             message = Message(decoder, self._epoch)
         except MemoryError:
             self.store.session.busy.discard(decoder.packet_id)  # it has to come again
             raise
-        self._begin(message)
+        if qos:
+            self._begin(message)
+        else:
+            self._handling = message
+            self.received += 1
         try:
             result = handler(message)
             if result is not None and hasattr(result, "send"):  # for the dispatcher to await
@@ -930,7 +944,9 @@ class Client:
                 return True
         except (Exception, asyncio.CancelledError) as e:
             self._handler_failed(e, "handler of " + topic)
-        self._handled(message)
+        if qos:
+            self._handled(message)
+        self._handling = None
         return True
 
     async def _enqueue(self):
@@ -1183,6 +1199,12 @@ class Client:
 
     # -- messages
 
+    async def _progressed(self):
+        """Return when a message was acknowledged, or the journal was mounted anew."""
+        self._progress.clear()
+        self.store.finished = self._on_finished
+        await self._progress.wait()
+
     def _on_finished(self, packet_id, delivered):
         if self._young:
             for i, young in enumerate(self._young):
@@ -1195,6 +1217,8 @@ class Client:
                 waiter.result = delivered
                 waiter.event.set()
         self._progress.set()
+        if not (self._waiters or self._young):
+            self.store.finished = None  # nobody wants to know
 
     async def _dispatch(self):
         """Hand one message after the other to the program; acknowledge it when the program is done with it."""
@@ -1224,9 +1248,10 @@ class Client:
                     self._handler_failed(e, where)
             while message.qos and self.connected and not store.can_answer:
                 await self._room()
-            self._handled(message)
             if message.qos:
+                self._handled(message)
                 self._wake.set()
+            self._handling = None
 
     def _begin(self, message):
         """The program gets a message."""
@@ -1236,18 +1261,16 @@ class Client:
             message.token = self.store.token(message._id & 0xFFFF)
 
     def _handled(self, message):
-        """The program is done with a message: acknowledge it."""
-        qos = message._flags >> 1 & 3
-        if qos:
-            store = self.store
-            packet_id = message._id & 0xFFFF
-            try:
-                # -1: the session it came in is over, nobody waits for an answer.
-                store.handled(qos, packet_id, store.session.epoch if message._id >> 16 == self._epoch else -1)
-            except Exception as e:
-                store.session.busy.discard(packet_id)  # it has to come again
-                self._journal_failed(e)
-        self._handling = None
+        """The program is done with a message of QoS 1 or 2: acknowledge it."""
+        store = self.store
+        packet_id = message._id & 0xFFFF
+        try:
+            # -1: the session it came in is over, nobody waits for an answer.
+            epoch = store.session.epoch if message._id >> 16 == self._epoch else -1
+            store.handled(message._flags >> 1 & 3, packet_id, epoch)
+        except Exception as e:
+            store.session.busy.discard(packet_id)  # it has to come again
+            self._journal_failed(e)
 
     async def _deliver(self, message):
         if message._coroutine is not None:

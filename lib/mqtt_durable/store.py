@@ -56,7 +56,7 @@ class Store(Recall):
         # A small ring has no room to carry a large window over.
         super().__init__(journal, min(in_flight, 4 * journal.sectors))
         self._drops = when_full == "drop_oldest"
-        self._finished = finished
+        self.finished = finished
         self._grace = grace
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
@@ -65,6 +65,14 @@ class Store(Recall):
         self.spared = 0  # messages that were acknowledged before they had to be stored
         self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
         self._held_bytes = 0
+        # What each message goes through is bound once.  That saves the search for a method, and with 60 attributes
+        # MicroPython's table of them, which grows only when it is full, has room: what is there is found sooner.
+        self.publish = self.publish
+        self.at_once = self.at_once
+        self.on_ack = self.on_ack
+        self.fill = self.fill
+        self.on_publish = self.on_publish
+        self.handled = self.handled
         self._forget()
 
     def _forget(self):
@@ -176,10 +184,8 @@ class Store(Recall):
         journal = self.journal
         if self._urgent:
             self.commit()
-        topic = topic_name.encode() if isinstance(topic_name, str) else bytes(topic_name)
+        topic = check_topic(topic_name)
         key = topic_name if isinstance(topic_name, str) and not self._grace else topic
-        if key not in self._topics:
-            check_topic(topic)
         size = len(topic) + len(payload)
         if size + 14 > journal.max_body:
             rest = 6 if mark is None else 14
@@ -331,8 +337,8 @@ class Store(Recall):
         while self.queued and self._cursor >= 0 and journal.seq_of(self._cursor) == seq:
             if self._find() >= 0:
                 self.dropped += 1
-                if self._finished:
-                    self._finished(self._taken, False)
+                if self.finished:
+                    self.finished(self._taken, False)
         self._advance()
         entry = pack("<HI", self._taken, self._cursor & _NOWHERE)
         self._note(DROPPED, before, entry)
@@ -522,8 +528,8 @@ class Store(Recall):
         self._ready()
         self.session.out.pop(packet_id, None)
         self._done(packet_id)
-        if self._finished:
-            self._finished(packet_id, False)
+        if self.finished:
+            self.finished(packet_id, False)
 
     def _advance(self):
         """The oldest message is finished: find the next one that is not."""
@@ -600,9 +606,9 @@ class Store(Recall):
         self.received = received
         gone = self._renew()  # the broker has had them
         self._advance()
-        if self._finished:
-            for packet_id in gone:
-                self._finished(packet_id, True)
+        for packet_id in gone:
+            if self.finished:
+                self.finished(packet_id, True)
 
     def disconnected(self):
         """The connection is over: nothing half sent is continued, no answer is owed."""
@@ -632,8 +638,8 @@ class Store(Recall):
         if record == DONE:
             self.acknowledged += 1
             self._done(packet_id)
-            if self._finished:
-                self._finished(packet_id, True)
+            if self.finished:
+                self.finished(packet_id, True)
         elif record:
             if record == RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
@@ -663,8 +669,8 @@ class Store(Recall):
             if packet_id % _IDS + 1 not in out:
                 self._advance()
             self.acknowledged += 1
-            if self._finished:
-                self._finished(packet_id, True)
+            if self.finished:
+                self.finished(packet_id, True)
             return
         self._ready()
         action = session.acknowledged(packet, packet_id)
@@ -687,8 +693,11 @@ class Store(Recall):
 
     def handled(self, qos, packet_id, epoch):
         """The handler has returned.  epoch: session.epoch when the message came.  Raises JournalFull, OSError."""
-        self._ready()
-        self._act(self.session.handled(qos, packet_id, epoch), packet_id)
+        if qos == 2:
+            self._ready()
+            self._act(self.session.handled(qos, packet_id, epoch), packet_id)
+        elif self.session.handled(qos, packet_id, epoch) and self.online:
+            self.answers = put_ack(self._answers, self.answers, PUBACK, packet_id)
 
     # -- subscriptions
 
