@@ -23,8 +23,7 @@ import json
 import sys
 import time
 
-from mqtt_durable import config as configuration
-from mqtt_durable import watchdog
+from mqtt_durable import load_config, watchdog
 from mqtt_durable.errors import ConfigError, JournalFull, MQTTError, SubscribeRefused
 from mqtt_durable.log import ERROR, INFO
 
@@ -63,7 +62,7 @@ def main(path="config.json", make_client=None):
     why = None
     night = None
     try:
-        config = configuration.load(path)
+        config = load_config(path)
         link = None
         if config["wifi"]:
             from mqtt_durable.wifi import Wifi

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mqtt_durable import config
+from mqtt_durable import board_id, config
 from mqtt_durable.errors import ConfigError
 
 _HERE = __file__.replace("\\", "/").rpartition("/")[0] or "."
@@ -35,12 +35,12 @@ def minimal(**changes):
 
 
 def with_unique_id(unique_id, function, *args):
-    old = config._unique_id
-    config._unique_id = lambda: unique_id
+    old = board_id.unique_id
+    board_id.unique_id = lambda: unique_id
     try:
         return function(*args)
     finally:
-        config._unique_id = old
+        board_id.unique_id = old
 
 
 def check(given):
@@ -377,13 +377,13 @@ def test_auto_needs_a_number_of_the_board():
 
 
 def test_client_id_comes_from_the_board_or_the_configuration():
-    assert config.client_id({"client_id": "plant7"}) == "plant7"
+    assert board_id.client_id({"client_id": "plant7"}) == "plant7"
     auto = {"client_id": "auto"}
-    assert with_unique_id(b"\x24\x0a\xc4\x00\x01\x02", config.client_id, auto) == "mqj-240ac4000102"
-    assert with_unique_id(b"\xe6\x61\x38\x52\x83\x11\x22\x33", config.client_id, auto) == "mqj-e661385283112233"
-    assert len(with_unique_id(bytes(16), config.client_id, auto)) <= 23
+    assert with_unique_id(b"\x24\x0a\xc4\x00\x01\x02", board_id.client_id, auto) == "mqj-240ac4000102"
+    assert with_unique_id(b"\xe6\x61\x38\x52\x83\x11\x22\x33", board_id.client_id, auto) == "mqj-e661385283112233"
+    assert len(with_unique_id(bytes(16), board_id.client_id, auto)) <= 23
     try:
-        with_unique_id(None, config.client_id, auto)
+        with_unique_id(None, board_id.client_id, auto)
     except ConfigError as error:
         assert "expected a text" in error.problems[0]
     else:

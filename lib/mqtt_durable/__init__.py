@@ -11,10 +11,16 @@ _WHERE = {
     "Client": "client",
     "Message": "client",
     "MQTTClient": "simple",
-    "load_config": "config",
     "Journal": "journal",
     "Store": "store",
 }
+
+
+def load_config(path="config.json"):
+    """Return the configuration in the file at path, checked and completed.  Raises ConfigError, see config.load()."""
+    from .once import once
+
+    return once("config", "load", path)
 
 
 def __getattr__(name):
@@ -28,5 +34,5 @@ def __getattr__(name):
         except ImportError:
             raise AttributeError(name)
     module = __import__("mqtt_durable." + where, None, None, (where,))
-    found = globals()[name] = getattr(module, "load" if name == "load_config" else name)
+    found = globals()[name] = getattr(module, name)
     return found

@@ -15,7 +15,7 @@ from random import getrandbits
 
 from micropython import const
 
-from .config import client_id as configured_client_id
+from .board_id import client_id as configured_client_id
 from .errors import (
     ConnectRefused,
     JournalFull,

@@ -11,6 +11,7 @@ of a key or section it does not know, which may be a misplaced one.
 
 import json
 
+from . import board_id
 from .errors import ConfigError
 from .packet import check_filter, check_topic
 
@@ -90,8 +91,6 @@ _EXPECTED = {
 
 _MISSING = {}  # a section that is not there
 
-_NOT_AUTO = 'client_id: found "auto", expected a text of 1-128 bytes, because this machine has no machine.unique_id()'
-
 
 def load(path="config.json"):
     """Read the file at path; return the configuration as a dict that has every key.
@@ -125,29 +124,6 @@ def complete(config):
 def check(config):
     """Return the list of problem lines of a configuration, empty when it is right."""
     return _walk(config)[1]
-
-
-def client_id(config):
-    """Return the client identifier: as configured, or for "auto" one made of the board's own number.
-
-    The same after every reboot, as a stored session needs it; at most 23 bytes when made here (MQTT 3.1.1 section
-    3.1.3.1: what every broker accepts).  Raises ConfigError for "auto" where there is no such number: a random one
-    would leave the session and its messages behind at the broker.
-    """
-    if config["client_id"] != "auto":
-        return config["client_id"]
-    unique_id = _unique_id()
-    if unique_id is None:
-        raise ConfigError([_NOT_AUTO])
-    return "mqj-" + "".join(["%02x" % byte for byte in unique_id[-9:]])
-
-
-def _unique_id():
-    try:
-        from machine import unique_id
-    except ImportError:
-        return None
-    return unique_id()
 
 
 def _can_sleep():
@@ -237,8 +213,8 @@ def _check_together(config, problems):
             problems.append("telemetry.qos: found 0, expected 1 or 2, because sleep is set and QoS 0 waits for no link")
     name = config["client_id"]
     if name == "auto":
-        if _unique_id() is None:
-            problems.append(_NOT_AUTO)
+        if board_id.unique_id() is None:
+            problems.append(board_id.NOT_AUTO)
     elif "+" in name or "#" in name:
         for section in ("telemetry", "commands"):
             if config[section] and "{client_id}" in config[section]["topic"]:

@@ -27,7 +27,8 @@ PICTURE = {
     "journal": {"errors", "ring"},
     "recall": {"errors", "packet", "properties", "session"},
     "store": {"errors", "packet", "properties", "session", "recall", "journal"},
-    "flash": {"errors", "flash"},
+    "flash": {"errors", "flash", "once"},
+    "once": set(),
 }
 NAMED = {"errors", "packet", "session", "journal", "store", "client", "simple"}
 FRONT = {"client", "simple", "transport", "tls", "log"}
@@ -35,9 +36,10 @@ FRONT = {"client", "simple", "transport", "tls", "log"}
 # From store leftward: time arrives as now_ms, bytes as arguments.
 OUTSIDE = set("socket asyncio uasyncio select ssl tls time utime network machine esp32 rp2 ntptime _thread".split())
 BOARD = {"machine", "network", "esp32", "rp2"}
-# Who may know which board this is; config for the chip's own client_id, watchdog for the chip's timer.
+# Who may know which board this is; board_id for the chip's own number, config for whether it can sleep,
+# watchdog for the chip's timer.
 KNOWS_THE_BOARD = {"flash", "wifi"}
-USES_THE_BOARD = KNOWS_THE_BOARD | {"config", "watchdog"}
+USES_THE_BOARD = KNOWS_THE_BOARD | {"board_id", "config", "watchdog"}
 
 # What MicroPython and CPython (or the shim) both have.
 BOTH = OUTSIDE | set("array binascii collections errno gc hashlib io json micropython os random struct sys vfs".split())
@@ -82,6 +84,8 @@ def imports(source, module, is_package, modules):
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "__import__":
             if node.args and isinstance(node.args[0], ast.Constant):
                 add(node.args[0].value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "once":
+            add(PACKAGE + "." + node.args[0].value)
     return inner, outer
 
 
@@ -120,6 +124,7 @@ def test_imports_are_read_in_every_form():
         ("store", False, "from mqtt_durable import session", {"session"}, set()),
         ("store", False, "def f():\n    import time, os.path", set(), {"time", "os"}),
         ("store", False, "x = __import__('mqtt_durable.session')", {"session"}, set()),
+        ("store", False, "once('flash.ram', 'open', 1)", {"flash.ram"}, set()),
         ("", True, "from .session import x\nfrom . import errors", {"session", "errors"}, set()),
         ("flash", True, "from .file import F\nfrom ..errors import E\nfrom . import ram", flash_inner, set()),
         ("flash.file", False, "from .ram import R\nfrom ..errors import E\nfrom . import file", flash_inner, set()),

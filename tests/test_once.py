@@ -1,0 +1,78 @@
+"""Code that is needed once: it is not there any more afterwards, unless somebody else has it."""
+
+import sys
+
+import mqtt_durable
+from mqtt_durable import flash
+from mqtt_durable.errors import ConfigError
+from mqtt_durable.once import once
+from raises import raises
+
+CONFIG = "mqtt_durable.config"
+RAM = "mqtt_durable.flash.ram"
+
+
+def away(name):
+    """Have a module not be loaded; return it, None if it was not."""
+    package, _, leaf = name.rpartition(".")
+    module = sys.modules.pop(name, None)
+    if module is not None and leaf in sys.modules[package].__dict__:
+        delattr(sys.modules[package], leaf)
+    return module
+
+
+def without(name, function):
+    """Call function() with a module not loaded, then put that back."""
+    module = away(name)
+    try:
+        return function()
+    finally:
+        away(name)
+        if module is not None:
+            package, _, leaf = name.rpartition(".")
+            sys.modules[name] = module
+            setattr(sys.modules[package], leaf, module)
+
+
+def gone(name, package):
+    return name not in sys.modules and name.rpartition(".")[2] not in package.__dict__
+
+
+def test_a_module_that_was_called_once_is_gone_with_its_result_there():
+    def body():
+        assert once("config", "check", {})[0].startswith("wifi.ssid: found nothing")
+        assert gone(CONFIG, mqtt_durable)
+        assert once("config", "check", 1) == ["config: found a number, expected an object"]  # and again
+        assert gone(CONFIG, mqtt_durable)
+
+    without(CONFIG, body)
+
+
+def test_it_is_gone_when_it_raises_too():
+    def body():
+        raises(ConfigError, mqtt_durable.load_config, "there is no such file")
+        assert gone(CONFIG, mqtt_durable)
+
+    without(CONFIG, body)
+
+
+def test_one_in_a_package_below_is_gone_too_and_its_package_is_not():
+    def body():
+        assert once("flash.ram", "RamDevice", 16384).ioctl(4, 0) == 4
+        assert gone(RAM, flash) and sys.modules["mqtt_durable.flash"] is flash
+
+    without(RAM, body)
+
+
+def test_what_somebody_else_has_loaded_stays():
+    def body():
+        from mqtt_durable import config
+
+        assert once("config", "check", 1) == config.check(1)
+        assert sys.modules[CONFIG] is config and mqtt_durable.config is config
+
+    without(CONFIG, body)
+
+
+def test_a_module_that_is_not_there_is_an_import_error():
+    raises(ImportError, once, "no_such_module", "call")
