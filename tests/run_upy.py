@@ -20,6 +20,9 @@ import host  # noqa: E402
 
 host.install()
 
+# As boot.py does it: a heap that is only collected when it is full is in small pieces then.
+gc.threshold((gc.mem_alloc() + gc.mem_free()) // 4)
+
 from skip import SkipTest  # noqa: E402
 
 

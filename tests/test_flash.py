@@ -5,9 +5,8 @@ import sys
 
 import esp32
 from ledger import Ledger, content
-from mqtt_durable import flash as homes
 from mqtt_durable.errors import JournalUnavailable
-from mqtt_durable.flash import open_home, resolve
+from mqtt_durable.flash import homes, open_home, resolve
 from norsim import Nor
 from raises import raises
 

@@ -25,12 +25,12 @@ except (ImportError, AttributeError):
 
 import esp32
 import rp2
-from mqtt_durable import flash as homes
 from mqtt_durable.client import Client
 from mqtt_durable.flash import board as board_module
-from mqtt_durable.flash import open_home
+from mqtt_durable.flash import homes, open_home
 from mqtt_durable.flash.pages import Pages
 from mqtt_durable.flash.pinned import PinnedDevice
+from mqtt_durable.flash.pinning import pin
 
 _DIR = "/mqj"
 _SECTORS = 8
@@ -112,7 +112,7 @@ class Board:
 
     def open(self, size=_SIZE, **more):
         try:
-            return PinnedDevice(lambda: self.fs, self.flash, _DIR, size, **more)
+            return pin(lambda: self.fs, self.flash, _DIR, size, **more)
         except JournalUnavailable:
             self.check_power()
             raise
@@ -446,7 +446,7 @@ def test_other_file_systems_are_refused_with_what_to_do():
         assert "littlefs2" in error
         VfsLfs2.mkfs(nor)
         fs = VfsLfs2(nor)
-        PinnedDevice(lambda: fs, nor, _DIR, _SIZE)
+        pin(lambda: fs, nor, _DIR, _SIZE)
         error = str(raises(JournalUnavailable, open_home, "pinned:/sd/mqj", _SIZE))
         assert "own flash" in error
     finally:

@@ -29,7 +29,7 @@ from mqtt_durable import config as configuration
 from mqtt_durable.errors import JournalUnavailable
 from mqtt_durable.flash.gap import _declared
 from mqtt_durable.flash.pages import Pages
-from mqtt_durable.flash.pinned import PinnedDevice
+from mqtt_durable.flash.pinning import pin
 from mqtt_durable.journal import Journal
 from mqtt_durable.store import Store
 from norsim import Nor
@@ -73,7 +73,7 @@ def file_system(files, blocks, prog_size, journal=None, in_flight=16):
         if journal:
             directory, size = journal
             # Pages, on the ESP32 too, is what programs in fours: here it only checks bounds.
-            device = PinnedDevice(lambda: fs, Pages(nor, 0, blocks), directory, size)
+            device = pin(lambda: fs, Pages(nor, 0, blocks), directory, size)
             make_journal(device, device.ioctl(4, 0) * SECTOR, in_flight)
         fs.umount()
     except OSError as error:

@@ -36,25 +36,12 @@ def mounted(path):
     return best[0], path[len(best[1]) :]
 
 
-def flash():
-    """Return the block device of the stock firmware's file system, programmable in fours.  JournalUnavailable."""
-    try:
-        from esp32 import Partition
-    except ImportError:
-        Partition = None
-    found = Partition and Partition.find(Partition.TYPE_DATA, label="vfs")
-    if found:
-        return found[0]
-    try:
-        from rp2 import Flash
-    except ImportError:
-        Flash = None
-    if Flash is None:
-        raise unsuitable("/", 'there is no ESP32 partition "vfs" and no rp2.Flash: make a file system there')
-    from .pages import Pages
+def file_system(path):
+    """Return a function that returns the littlefs2 that path lies in, as it is mounted at that moment.
 
-    device = Flash()
-    return Pages(device, 0, device.ioctl(4, 0))
+    To be asked at each use: a file system object must not be used when it is no longer the one mounted.
+    """
+    return lambda: mounted(path)[0]
 
 
 def shadow(device):

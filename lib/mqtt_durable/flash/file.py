@@ -9,7 +9,7 @@ import os
 from micropython import const
 
 from ..errors import JournalUnavailable
-from .sectors import Sectors
+from .sectors import BLANK, BLANKS, Sectors
 
 _ERASE_SIZE = const(4096)
 _MIN_BYTES = const(16384)
@@ -48,9 +48,8 @@ class FileDevice(Sectors):
     def _make(self, path, size):
         # Under another name until it is whole: a cut in between leaves no journal of a wrong size.
         with open(path + ".new", "wb") as f:
-            blank = b"\xff" * _ERASE_SIZE
-            for _ in range(size // _ERASE_SIZE):
-                f.write(blank)
+            for _ in range(BLANKS * (size // _ERASE_SIZE)):
+                f.write(BLANK)
             _sync(f)
         os.rename(path + ".new", path)
 
@@ -59,9 +58,10 @@ class FileDevice(Sectors):
         if self._file.readinto(buf) != len(buf):
             raise OSError(_EIO, "EIO")
 
-    def put(self, at, data):
+    def put(self, at, data, times):
         self._file.seek(at)
-        self._file.write(data)
+        for _ in range(times):
+            self._file.write(data)
         _sync(self._file)
 
     def close(self):

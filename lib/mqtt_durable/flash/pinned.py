@@ -12,9 +12,7 @@ located again; before an erase always, together with the sector programmed last.
 size or in another block, raw access ends for good, and every call raises JournalLost.  So that the bytes do tell, a
 sector never is without a header, the journal's or a free one, but between our own erase and the header that follows it.
 
-After a power cut: a sector whose erase was interrupted gets a free header, which the journal takes for a sector never
-used; NNN.COUNT.new is what was being made, and is removed.  A set of which files are missing or doubled, while others
-hold a journal, is no longer that journal, acknowledged messages could come back: it is made anew, and .note says so.
+pinning.py makes the files and opens what is there.
 """
 
 from array import array
@@ -25,37 +23,15 @@ from struct import pack, unpack
 from micropython import const
 
 from ..errors import JournalLost, JournalUnavailable
-from .board import flash as board_flash
-from .board import mounted, shadow, unsuitable
+from .board import shadow
 
 _SECTOR = const(4096)
 _PAGE = const(256)
 _HEADER = const(16)
 _JOURNAL = const(0x4A4D)  # "MJ": <HBBIII magic, unit, state, seq, id, then their CRC, see FORMAT.md
 _FREE = const(0x6A6D)  # "mj", ten random bytes, then their CRC; programmed over by the journal "mj" becomes "MJ"
-_SPARE = const(6)  # blocks left to the file system's own needs when the files are made
 _NOT_LOCATED = const(-2)
 _EINVAL = const(22)
-_REHOME_LAPS = const(64)
-
-_README = b"""\
-The files beside this one are the journal of mqtt_durable, an MQTT client: each is one block of flash that it programs
-directly. In them wait the messages that the broker does not have yet.
-
-Listing, reading and copying them is harmless. If one is written to, renamed or deleted, the journal stops, what waited
-there is lost, and it begins anew. No other file is harmed. To be rid of it stop the program, then delete it all.
-"""
-
-
-def open_pinned(path, size, anew=False):
-    """Return the PinnedDevice in the directory at path, on the file system of the board's own flash.
-
-    Raises JournalUnavailable where that cannot be, with what to do.
-    """
-    path = path.rstrip("/")
-    inner = mounted(path)[1]
-    # Asked again at each use: a file system object must not be used when it is no longer the one mounted.
-    return PinnedDevice(lambda: mounted(path)[0], board_flash(), inner, size, anew=anew)
 
 
 def _is_ours(head):
@@ -67,7 +43,7 @@ def _is_ours(head):
     return crc == crc32(head[:12]) or not (a or seq or crc or unique in (0, 0xFFFFFFFF))
 
 
-def _free_header():
+def free_header():
     head = pack("<H", _FREE) + urandom(10)
     return head + pack("<I", crc32(head))
 
@@ -76,10 +52,9 @@ class PinnedDevice:
     """A block device whose sectors are files of the directory at path.
 
     fs: a function that returns the VfsLfs2 mounted there.  flash: its block device, programmable in multiples of 4
-    bytes (rp2: see pages.Pages).  size: bytes of a journal that has to be made; one that is there keeps its size.
-    rehome_laps: once in so many laps of the journal a sector moves to another block, which littlefs chooses, so that
-    all the free blocks share the wear; 0: never.  anew: whatever is there is no journal any more.
-    Raises JournalUnavailable if the journal cannot be there.
+    bytes (rp2: see pages.Pages).  count: of sectors.  rehome_laps: once in so many laps of the journal a sector moves
+    to another block, which littlefs chooses, so that all the free blocks share the wear; 0: never.  Made by
+    pinning.pin(), which sees to it that the files are there and located.
 
     Reads and programs stay within a sector, programs begin and end at multiples of 4, else OSError.
     .note: None, or what was found to be lost when it was opened.  .lost: None, or why every call raises JournalLost.
@@ -87,30 +62,20 @@ class PinnedDevice:
 
     prog_size = 4
 
-    def __init__(self, fs, flash, path, size, rehome_laps=_REHOME_LAPS, anew=False):
+    def __init__(self, fs, flash, path, count, rehome_laps):
         self._fs = fs
         self._flash = flash
         self.whole_pages = getattr(flash, "whole_pages", False)
         self._path = path
+        self._count = count
         self._laps = rehome_laps
+        self._blocks = array("i", [_NOT_LOCATED] * count)
+        self._known = array("i", self._blocks)
         self._head = memoryview(bytearray(_HEADER))
         self._sharing = 0
         self._blank = -1  # the sector erased by the last call that was not about that sector alone
         self._last = 0  # the sector programmed last
         self.note = self.lost = None
-        if flash.ioctl(5, 0) != _SECTOR:
-            raise unsuitable(path, "the file system has blocks of %d bytes: make it one of 4096" % flash.ioctl(5, 0))
-        try:
-            shadow(flash)  # before anything is written
-        except OSError:
-            raise unsuitable(path, "the board's flash holds no littlefs2: make it one")
-        problem = None
-        try:
-            self._open(fs(), size // _SECTOR, anew)
-        except OSError as error:
-            problem = error
-        if problem:
-            raise unsuitable(path, "its files cannot be made (%s): make room" % problem)
 
     # -- the block device
 
@@ -150,7 +115,7 @@ class PinnedDevice:
             self._flash.writeblocks(self._blocks[n], buf, off)
         finally:
             if off < _HEADER:
-                self._known[n] = self._learn(n)
+                self._known[n] = self.learn(n)
 
     def ioctl(self, op, arg):
         """4: number of sectors, 5: bytes of a sector, 6: erase sector arg; 1-3: 0; else None."""
@@ -197,14 +162,14 @@ class PinnedDevice:
 
     # -- the guards
 
-    def _learn(self, n):
+    def learn(self, n):
         """Read the header of sector n into _head; return what is known of it from now on, -1: it does not tell."""
         self._flash.readblocks(self._blocks[n], self._head, 0)
         return crc32(self._head) & 0x3FFFFFFF if _is_ours(self._head) else -1
 
     def _guard(self, n):
         """Return when the block of sector n is known to be ours, its header in _head; JournalLost if it is not."""
-        known = self._learn(n)
+        known = self.learn(n)
         if known != self._known[n] or (known < 0 and self._blank != n):
             self._confirm((n,))
             self._known[n] = known
@@ -214,7 +179,7 @@ class PinnedDevice:
         wrong = self._compare(sectors)
         if wrong:
             try:
-                _settle(self._fs(), self._path)
+                settle(self._fs(), self._path)
             except JournalUnavailable:  # unmounted
                 pass
             wrong = self._compare(sectors)
@@ -228,21 +193,21 @@ class PinnedDevice:
         for n in sectors:
             try:
                 now = now or shadow(self._flash)
-                block = self._locate(now, n)
+                block = self.locate(now, n)
             except OSError:
                 block = -1
             if self._blocks[n] == _NOT_LOCATED and block > 1:
                 self._blocks[n] = block
-                self._known[n] = self._learn(n)
+                self._known[n] = self.learn(n)
             if block != self._blocks[n]:
                 what = "rewritten" if block > 1 else "deleted, renamed or changed in size"
-                return "%s was %s" % (self._file(n), what)
+                return "%s was %s" % (self.file(n), what)
         return None
 
-    def _locate(self, now, n):
+    def locate(self, now, n):
         """The block of sector n, -1 if its file has another size.  now: of shadow().  OSError if there is none."""
         tracer, fs = now
-        with fs.open(self._file(n), "rb") as file:
+        with fs.open(self.file(n), "rb") as file:
             if file.seek(0, 2) != _SECTOR:
                 return -1
             file.seek(0)
@@ -252,23 +217,23 @@ class PinnedDevice:
 
     # -- the files
 
-    def _file(self, n):
+    def file(self, n):
         return "%s/%03d.%d" % (self._path, n, self._count)
 
-    def _make(self, fs, n):
+    def make(self, fs, n):
         """Make the file of sector n, in place of the one there is; a cut leaves either."""
-        name = self._file(n)
+        name = self.file(n)
         new = name + ".new"
         try:
             with fs.open(new, "wb") as file:
-                file.write(_free_header())
+                file.write(free_header())
                 file.write(b"\xff" * (_PAGE - _HEADER))
                 blank = b"\xff" * _PAGE
                 for _ in range(_SECTOR // _PAGE - 1):
                     file.write(blank)
             fs.rename(new, name)
         except (OSError, MemoryError):
-            _remove(fs, new)
+            remove(fs, new)
             raise
 
     def _rehome(self, n):
@@ -276,121 +241,21 @@ class PinnedDevice:
         self._confirm((n,))  # or a file that somebody else put there would be replaced
         self._blocks[n] = _NOT_LOCATED
         try:
-            self._make(self._fs(), n)
+            self.make(self._fs(), n)
         except (OSError, JournalUnavailable, MemoryError):
             pass
         self._confirm((n,))
 
-    # -- opening
 
-    def _open(self, fs, count, anew):
-        files, readme = self._files(fs, count)
-        count = self._count
-        self._blocks = array("i", [_NOT_LOCATED] * count)
-        self._known = array("i", self._blocks)
-        missing = [n for n in range(count) if files.get(n) != _SECTOR]
-        if not anew and files:
-            self._take(fs, missing)
-        if anew or self.note:
-            missing = list(range(count))
-            for n in files:
-                _remove(fs, self._file(n))
-        if missing:
-            free = fs.statvfs(self._path)[3]
-            if free < len(missing) + _SPARE:
-                need = 4 * (len(missing) + _SPARE)
-                why = "%d KiB are free, it takes %d: delete files, lower journal.size_kib" % (4 * free, need)
-                raise unsuitable(self._path, why)
-            for n in missing:
-                self._make(fs, n)
-            self._take(fs, ())
-        if not readme:
-            try:
-                with fs.open(self._path + "/README.txt", "wb") as file:
-                    file.write(_README)
-            except OSError:  # full: no reason to go without a journal
-                pass
-
-    def _files(self, fs, count):
-        """Return {sector: bytes} of the files there are, and whether there is a README.txt.
-
-        Removes what was being made.  Sets _count, to count where there are none.
-        """
-        self._count = count
-        files = {}
-        _settle(fs, self._path)
-        try:
-            names = [(entry[0], entry[3]) for entry in fs.ilistdir(self._path)]
-        except OSError as error:
-            if error.errno != 2:  # ENOENT
-                raise
-            fs.mkdir(self._path)
-            return files, False
-        for name, length in names:
-            n, _, count = name.partition(".")
-            if n.isdigit() and count.endswith(".new") and count[:-4].isdigit():
-                _remove(fs, "%s/%s" % (self._path, name))
-            elif n.isdigit() and count.isdigit() and name == "%03d.%d" % (int(n), int(count)):
-                if int(n) >= int(count) or int(count) < 4:
-                    continue
-                if not files or int(count) > self._count:
-                    self._count = int(count)
-                    files = {}
-                if int(count) == self._count:
-                    files[int(n)] = length
-        return files, ("README.txt" in [name for name, _ in names])
-
-    def _take(self, fs, missing):
-        """Locate the files that are there; give a free header to those without a header.
-
-        Sets .note if some are missing or doubled while others hold a journal.
-        """
-        now = shadow(self._flash)
-        heads = []  # of a journal
-        bare = []
-        seen = []
-        same = False
-        for n in range(self._count):
-            if n in missing:
-                continue
-            block = self._locate(now, n)
-            if block < 2 or block in seen:
-                raise unsuitable(self._path, "the file system is damaged, %d is in block %d: make it anew" % (n, block))
-            seen.append(block)
-            self._blocks[n] = block
-            self._known[n] = self._learn(n)
-            head = bytes(self._head)
-            if not same:
-                with fs.open(self._file(n), "rb") as file:
-                    same = file.read(_HEADER) == head
-            if self._known[n] < 0:
-                bare.append(n)
-            elif head[:2] == b"MJ" and head[2]:  # not disowned
-                heads.append(head)
-        if not same and len(missing) < self._count:
-            raise unsuitable(self._path, "the file system there is not that of the board's own flash: use that")
-        if heads and missing:
-            self.note = "%s: of %d files of the journal %d were gone" % (self._path, self._count, len(missing))
-        elif len(set(heads)) < len(heads):
-            self.note = "%s: files of the journal were copied over others" % self._path
-        if self.note:
-            self.note += ": what waited there is lost"
-            return
-        for n in bare:
-            self._flash.ioctl(6, self._blocks[n])
-            self._flash.writeblocks(self._blocks[n], _free_header(), 0)
-            self._known[n] = self._learn(n)
-
-
-def _settle(fs, path):
+def settle(fs, path):
     """Have littlefs end what a cut or a full disk has interrupted: until then it may hide files that are there.
 
     It does so before it writes anything, and also before it finds that there is nothing to remove.
     """
-    _remove(fs, path + "/nothing")
+    remove(fs, path + "/nothing")
 
 
-def _remove(fs, name):
+def remove(fs, name):
     try:
         fs.remove(name)
     except OSError:

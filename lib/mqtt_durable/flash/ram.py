@@ -15,5 +15,8 @@ class RamDevice(Sectors):
     def get(self, at, buf):
         buf[:] = memoryview(self.mem)[at : at + len(buf)]
 
-    def put(self, at, data):
-        memoryview(self.mem)[at : at + len(data)] = data  # a slice of the array itself would move all behind it
+    def put(self, at, data, times):
+        mem = memoryview(self.mem)  # a slice of the array itself would move all behind it
+        for _ in range(times):
+            mem[at : at + len(data)] = data
+            at += len(data)

@@ -4,13 +4,17 @@ from micropython import const
 
 _ERASE_SIZE = const(4096)
 _EINVAL = const(22)
+# A sector in pieces: a heap that has been used for a while may have no room for a whole one.
+BLANK = b"\xff" * 256
+BLANKS = const(16)
 
 
 class Sectors:
     """A block device of .size bytes.
 
     A program replaces the bytes; it does not only clear bits as flash does, so nothing may be built on that.
-    A device has get(at, buf) and put(at, data), at counting from its beginning.
+    A device has get(at, buf) and put(at, data, times), which puts data there so many times in a row; at counts from its
+    beginning.
     """
 
     prog_size = 4
@@ -23,7 +27,7 @@ class Sectors:
         """Program buf at sector n, off bytes into it; without off it fills whole sectors.  OSError if not inside."""
         if off is None and len(buf) % _ERASE_SIZE:
             raise OSError(_EINVAL, "EINVAL")
-        self.put(self._address(n, off or 0, len(buf)), buf)
+        self.put(self._address(n, off or 0, len(buf)), buf, 1)
 
     def ioctl(self, op, arg):
         """4: number of sectors, 5: bytes of a sector, 6: erase sector arg; 1-3: 0; else None."""
@@ -32,7 +36,7 @@ class Sectors:
         if op == 5:
             return _ERASE_SIZE
         if op == 6:
-            self.writeblocks(arg, b"\xff" * _ERASE_SIZE, 0)
+            self.put(self._address(arg, 0, _ERASE_SIZE), BLANK, BLANKS)
             return 0
         return 0 if op in (1, 2, 3) else None
 
