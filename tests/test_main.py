@@ -8,9 +8,9 @@ import sys
 import time
 
 import machine
-import main
 import network
-from mqtt_durable import watchdog, wifi
+from mqtt_durable import builtin, night, watchdog, wifi
+from mqtt_durable import device as main
 from mqtt_durable.errors import JournalFull, JournalUnavailable, SubscribeRefused
 
 _HERE = __file__.replace("\\", "/").rpartition("/")[0] or "."
@@ -217,13 +217,16 @@ async def end(client):
 def quietly(function, *args):
     """Call function(*args) without its tracebacks and lines on the console; return (result, lines)."""
     lines = []
-    main.print = lambda *words: lines.append(" ".join([str(word) for word in words]))
-    main.sys = Silent(lines)
+    modules = main, night, builtin
+    for module in modules:
+        module.print = lambda *words: lines.append(" ".join([str(word) for word in words]))
+        module.sys = Silent(lines)
     try:
         return function(*args), lines
     finally:
-        main.sys = sys
-        del main.print
+        for module in modules:
+            module.sys = sys
+            del module.print
 
 
 class Silent:
@@ -624,7 +627,7 @@ def waking(cause, *steps, **options):
         why, lines = quietly(run, made, App(*steps) if steps else None)
     finally:
         machine.use_board("esp32")
-    assert why == main.SLEEP and made.client.log[0] == "start" and made.client.log[-1] == "close"
+    assert why == night.SLEEP and made.client.log[0] == "start" and made.client.log[-1] == "close"
     return made, ended[0], lines
 
 
