@@ -1,5 +1,6 @@
 """Code that is needed once: it is not there any more afterwards, unless somebody else has it."""
 
+import gc
 import sys
 
 import mqtt_durable
@@ -7,6 +8,7 @@ from mqtt_durable import flash
 from mqtt_durable.errors import ConfigError
 from mqtt_durable.once import once
 from raises import raises
+from skip import SkipTest
 
 CONFIG = "mqtt_durable.config"
 RAM = "mqtt_durable.flash.ram"
@@ -15,8 +17,10 @@ RAM = "mqtt_durable.flash.ram"
 def away(name):
     """Have a module not be loaded; return it, None if it was not."""
     package, _, leaf = name.rpartition(".")
-    module = sys.modules.pop(name, None)
-    if module is not None and leaf in sys.modules[package].__dict__:
+    module = sys.modules.get(name)
+    if module is not None:
+        del sys.modules[name]
+    if leaf in sys.modules[package].__dict__:
         delattr(sys.modules[package], leaf)
     return module
 
@@ -76,3 +80,48 @@ def test_what_somebody_else_has_loaded_stays():
 
 def test_a_module_that_is_not_there_is_an_import_error():
     raises(ImportError, once, "no_such_module", "call")
+
+
+def test_the_heap_has_the_code_back():
+    if sys.implementation.name != "micropython":
+        raise SkipTest("CPython does not tell")
+
+    def alive():
+        gc.collect()
+        return gc.mem_alloc()
+
+    def body():
+        once("config", "check", 1)  # names stay
+        before = alive()
+        __import__(CONFIG)
+        size = alive() - before
+        away(CONFIG)
+        once("config", "check", 1)
+        assert size > 5000 and alive() - before < size // 4
+
+    without(CONFIG, body)
+
+
+def test_a_store_does_not_keep_the_code_that_has_mounted_it():
+    if sys.implementation.name != "micropython":
+        raise SkipTest("CPython does not tell")
+    from mqtt_durable.flash.ram import RamDevice
+    from mqtt_durable.journal import Journal
+    from mqtt_durable.store import Store
+
+    def alive():
+        gc.collect()
+        return gc.mem_alloc()
+
+    def body():
+        __import__("mqtt_durable.replay")
+        size = alive()
+        away("mqtt_durable.replay")
+        size -= alive()
+        store = Store(Journal(RamDevice(16384)))
+        store.open()
+        held = alive()
+        store.restore = store.replay = None
+        assert size > 2000 and held - alive() < size // 4
+
+    without("mqtt_durable.replay", body)

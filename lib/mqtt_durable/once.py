@@ -22,8 +22,7 @@ def once(where, what, *arguments):
         if not stays:
             module = None
             package, _, leaf = name.rpartition(".")
-            sys.modules.pop(name, None)
             package = sys.modules[package]
-            if hasattr(package, leaf):
-                delattr(package, leaf)
+            del sys.modules[name]
+            delattr(package, leaf)
             gc.collect()  # what comes next takes the place

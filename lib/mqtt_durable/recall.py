@@ -1,15 +1,16 @@
 """What the store has in the journal, and how it finds it again: records <-> session facts.  FORMAT.md has the bytes.
 
 Owns the layout of the store's records, the queue behind the in-flight window, and all that the journal asks of its
-owner: snapshots, replay, carrying.  A topic is stored once per sector; other messages there refer to it.
+owner: snapshots, carrying; what it asks while it is mounted is replay.py's.  A topic is stored once per sector; other
+messages there refer to it.
 """
 
-from struct import pack, pack_into, unpack_from
+from struct import pack, pack_into
 
 from micropython import const
 
 from .errors import JournalCorrupt
-from .session import DONE, INDONE, RECEIVED, REL, RELEASED, Session
+from .session import REL, Session
 
 # Kinds of records.  The two low nibbles are the record's own.
 _PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: identifier, reference, mark, perhaps topic, payload
@@ -22,7 +23,6 @@ UPTO = const(5)  # all messages up to this identifier are finished; the position
 ASKED = const(6)  # CONNECT goes out
 TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
 DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
-_SIZES = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
 
 # identity, 1: has a mark | 2: asked | 4: subscribed, mark, newest, taken, received, cursor, messages, inbound ids
 _FORMAT = "<IBqHHHIBH"
@@ -45,8 +45,8 @@ class Recall:
         self.lost = 0
         self._mounting = False
 
-    def restore(self, state):
-        """Take up a snapshot; forget all else."""
+    def clear(self):
+        """Forget everything."""
         session = self.session
         session.clear()
         self._forget_subscriptions()
@@ -57,35 +57,7 @@ class Recall:
         self._cursor = -1  # where to look for the first message behind it
         self._upto = session.newest  # all messages up to this one are finished
         self._asked = False  # CONNECT has gone out, no CONNACK has come
-        self._unknown = not state  # what came before the records to be replayed
-        if not state:
-            return
-        (
-            self.identity,
-            flags,
-            mark,
-            session.newest,
-            self._taken,
-            self.received,
-            cursor,
-            outs,
-            helds,
-        ) = unpack_from(_FORMAT, state)
-        self._cursor = -1 if cursor == _NOWHERE else cursor
-        self.mark = mark if flags & 1 else None
-        self._asked = bool(flags & 2)
-        i = _FORMAT_BYTES
-        out = session.out
-        for _ in range(outs):
-            packet_id, where = unpack_from("<HI", state, i)
-            out[packet_id] = where
-            i += 6
-        for _ in range(helds):
-            session.held.add(unpack_from("<H", state, i)[0])
-            i += 2
-        if flags & 4:
-            self._found_subscriptions(unpack_from("<I", state, i)[0])
-        self._look_for_oldest()
+        self._unknown = True  # what came before the records to be replayed
 
     def _forget_subscriptions(self):
         self._subs = {}
@@ -235,45 +207,6 @@ class Recall:
             at += 2 + (buf[4 + at] | buf[5 + at] << 8)
         return at
 
-    # -- replay
-
-    def replay(self, kind, pos):
-        if kind & 0xF0 == _PUB:
-            buf = self.journal.buf
-            session = self.session
-            out = session.out
-            packet_id = buf[4] | buf[5] << 8
-            distance = buf[6] & 63
-            before = (packet_id - 2) % _IDS + 1
-            last = (packet_id - distance - 2) % _IDS + 1  # all up to this one are finished
-            if session.newest == before == self._taken and not (kind & 8 or self._unknown) and len(out) < self._most:
-                # The usual case: nothing waits behind the window.
-                session.newest = self._taken = packet_id
-                out[packet_id] = pos << 2 | kind >> 1 & 3
-                if last == self._upto % _IDS + 1 and distance != _UNSAID:
-                    self._upto = last
-                    out.pop(last, None)
-                    return
-            else:
-                self._replay_publish(kind, pos, packet_id, before)
-            if distance != _UNSAID and last != self._upto:
-                self._finish(last, -1)
-        elif kind == _FACTS:
-            buf = self.journal.buf
-            if buf[4] == UPTO and buf[2] == 7 and not (buf[3] or self._unknown):
-                # The usual case: one entry.
-                self._finish(buf[5] | buf[6] << 8, _position(buf, 7))
-            else:
-                self._replay_facts(self.journal.body(pos) or b"")
-        elif kind == _SUBS:
-            if self.journal.buf[2] or self.journal.buf[3]:
-                self._found_subscriptions(pos)
-            else:
-                self._forget_subscriptions()
-        elif kind == _SESSION:
-            self.identity, self.received = unpack_from("<IH", self.journal.buf, 4)
-            self._renew()
-
     def _renew(self):
         """A new session at the broker.  Return the messages that it took over from us: they are finished."""
         out = self.session.out
@@ -286,104 +219,12 @@ class Recall:
         self._asked = False
         return gone
 
-    def _replay_publish(self, kind, pos, packet_id, before):
-        session = self.session
-        out = session.out
-        newest = session.newest
-        if self._unknown:
-            newest = session.newest = self._taken = self._upto = before
-            self._unknown = False
-        if newest == before or session.is_new(packet_id):
-            if newest != before:
-                # Those in between never came to the journal; so there was no queue, only the window.
-                if self.queued <= self._most:
-                    self._take_to(newest)
-                if self._taken == newest:
-                    self._taken = before
-            session.newest = packet_id
-            if self._taken != before:
-                pass
-            elif len(out) < self._most:
-                out[packet_id] = pos << 2 | kind >> 1 & 3
-                self._taken = packet_id
-            else:
-                self._cursor = pos
-            if kind & 8:
-                self.mark = unpack_from("<q", self.journal.buf, 8)[0]
-        elif not self._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
-            out[packet_id] = pos << 2 | kind >> 1 & 3
-            if session.ahead(session.newest, packet_id) >= session.ahead(session.newest, self._upto):
-                self._upto = session.back(packet_id, 1)  # given out before the snapshot, recorded after it
-
-    def _finish(self, last, pos):
-        """All messages up to the identifier last are finished; the next one that is not is at pos or, -1, anywhere."""
-        newest = self.session.newest
-        out = self.session.out
-        age = (newest - last) % _IDS
-        n = (newest - self._upto) % _IDS - age
-        if n == 1:
-            out.pop(last, None)
-        elif n > len(out):
-            for packet_id in [p for p in out if (newest - p) % _IDS >= age]:
-                del out[packet_id]
-        else:
-            while n > 0:
-                n -= 1
-                out.pop((last - n - 1) % _IDS + 1, None)
-        if n >= 0:
-            self._upto = last
-        if age < (newest - self._taken) % _IDS:
-            self._taken = last
-            if pos >= 0:
-                self._cursor = pos
-
     def _look_for_oldest(self):
         session = self.session
         newest = session.newest
         self._upto = self._taken
         if session.out:
             self._upto = session.back(newest, max([(newest - p) % _IDS for p in session.out]) + 1)
-
-    def _replay_facts(self, entries):
-        session = self.session
-        out = session.out
-        i = 0
-        while i + 3 <= len(entries):
-            record = entries[i]
-            if not 0 < record < len(_SIZES) or i + _SIZES[record] > len(entries):
-                return
-            packet_id = entries[i + 1] | entries[i + 2] << 8
-            if record == DONE:
-                if self._is_queued(packet_id):
-                    out[packet_id] = 0
-                    if len(out) > 2 * self._most:
-                        self._take_to(packet_id)
-                else:
-                    out.pop(packet_id, None)
-            elif record == RELEASED:
-                if session.ahead(session.newest, packet_id) < session.ahead(session.newest, self._upto):
-                    out[packet_id] = REL
-            elif record == RECEIVED:
-                session.held.add(packet_id)
-                self.received = entries[i + 3] | entries[i + 4] << 8
-            elif record == INDONE:
-                session.held.discard(packet_id)
-            elif record == UPTO:
-                if not self._unknown:
-                    self._finish(packet_id, _position(entries, i + 3))
-            elif record == ASKED:
-                self._asked = True
-            elif record == TOLD:
-                self._asked = False
-                if packet_id:
-                    self._forget_subscriptions()
-            else:  # DROPPED
-                self._take_to(packet_id)
-                last = entries[i + 3] | entries[i + 4] << 8
-                if self._is_queued(last):
-                    self._taken = last
-                    self._cursor = _position(entries, i + 5)
-            i += _SIZES[record]
 
     # -- carrying
 
@@ -505,8 +346,3 @@ class Recall:
         if self.queued and self._cursor >= 0:
             sectors.add(self._cursor >> 12)
         return min([self.journal.seq_of(sector << 12) for sector in sectors]) if sectors else None
-
-
-def _position(entries, i):
-    where = unpack_from("<I", entries, i)[0]
-    return -1 if where == _NOWHERE else where

@@ -14,6 +14,7 @@ from struct import pack, pack_into
 from micropython import const
 
 from .errors import JournalFull
+from .once import once
 from .packet import PUBACK, PUBREL, check_topic, put_ack, put_publish_head
 from .recall import ASKED, DROPPED, TOLD, UPTO, Recall
 from .session import DONE, PUB1, RECEIVED, REL
@@ -76,7 +77,7 @@ class Store(Recall):
         self._forget()
 
     def _forget(self):
-        self.restore(b"")
+        self.clear()
         self._used = 0  # bytes of _pending
         self._urgent = False  # an answer waits for _pending
         self._said = 0  # how far a record says that all are finished
@@ -97,7 +98,7 @@ class Store(Recall):
         self._forget()
         self._mounting = True
         try:
-            self.journal.mount(self)
+            once("replay", "mount", self)
             out = self.session.out
             for packet_id in [p for p in out if self._is_queued(p)]:
                 self._take_to(packet_id)

@@ -4,7 +4,7 @@
     flash/*            <- journal <- store        errors: imported by all, imports nothing
                               log <- client       imports nothing either
 
-ring is a part of journal, recall of store.
+ring is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.
 What a module may import is read off the directory as it is: a new module needs no entry here unless it is one of the
 picture's own.
 """
@@ -26,7 +26,8 @@ PICTURE = {
     "ring": {"errors"},
     "journal": {"errors", "ring"},
     "recall": {"errors", "packet", "properties", "session"},
-    "store": {"errors", "packet", "properties", "session", "recall", "journal"},
+    "replay": {"errors", "session", "recall"},
+    "store": {"errors", "packet", "properties", "session", "recall", "replay", "journal", "once"},
     "flash": {"errors", "flash", "once"},
     "once": set(),
 }

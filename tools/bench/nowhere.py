@@ -70,6 +70,8 @@ class Poll:
 class Stream:
     """asyncio's, whose code is frozen on boards, too."""
 
+    out_buf = b""  # the socket takes all
+
     def __init__(self, s):
         self.s = s
 

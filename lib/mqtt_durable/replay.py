@@ -1,0 +1,205 @@
+"""The mounting of the store's journal: what its records and snapshots say is taken up.  Their layout is recall.py's."""
+
+from struct import unpack_from
+
+from micropython import const
+
+from .recall import ASKED, TOLD, UPTO
+from .session import DONE, INDONE, RECEIVED, REL, RELEASED
+
+# As in recall.
+_PUB = const(0x10)
+_FACTS = const(0x30)
+_SESSION = const(0x33)
+_SUBS = const(0x34)
+_SIZES = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
+_FORMAT = "<IBqHHHIBH"
+_FORMAT_BYTES = const(26)
+_NOWHERE = const(0xFFFFFFFF)
+_UNSAID = const(63)
+_IDS = const(65023)
+
+
+def mount(store):
+    """Mount the journal of a store, which is its owner, and take up what is there.  OSError only from the device."""
+    # These two of the owner's calls only mounting makes.
+    store.restore = lambda state: _restore(store, state)
+    store.replay = lambda kind, pos: _replay(store, kind, pos)
+    try:
+        store.journal.mount(store)
+    finally:
+        store.restore = store.replay = None  # deleted, an object of MicroPython keeps hold of them
+
+
+def _restore(store, state):
+    """Take up a snapshot; forget all else."""
+    store.clear()
+    if not state:
+        return
+    session = store.session
+    store._unknown = False
+    (
+        store.identity,
+        flags,
+        mark,
+        session.newest,
+        store._taken,
+        store.received,
+        cursor,
+        outs,
+        helds,
+    ) = unpack_from(_FORMAT, state)
+    store._cursor = -1 if cursor == _NOWHERE else cursor
+    store.mark = mark if flags & 1 else None
+    store._asked = bool(flags & 2)
+    i = _FORMAT_BYTES
+    out = session.out
+    for _ in range(outs):
+        packet_id, where = unpack_from("<HI", state, i)
+        out[packet_id] = where
+        i += 6
+    for _ in range(helds):
+        session.held.add(unpack_from("<H", state, i)[0])
+        i += 2
+    if flags & 4:
+        store._found_subscriptions(unpack_from("<I", state, i)[0])
+    store._look_for_oldest()
+
+
+def _replay(store, kind, pos):
+    """Take up one record."""
+    if kind & 0xF0 == _PUB:
+        buf = store.journal.buf
+        session = store.session
+        out = session.out
+        packet_id = buf[4] | buf[5] << 8
+        distance = buf[6] & 63
+        before = (packet_id - 2) % _IDS + 1
+        last = (packet_id - distance - 2) % _IDS + 1  # all up to this one are finished
+        if session.newest == before == store._taken and not (kind & 8 or store._unknown) and len(out) < store._most:
+            # The usual case: nothing waits behind the window.
+            session.newest = store._taken = packet_id
+            out[packet_id] = pos << 2 | kind >> 1 & 3
+            if last == store._upto % _IDS + 1 and distance != _UNSAID:
+                store._upto = last
+                out.pop(last, None)
+                return
+        else:
+            _replay_publish(store, kind, pos, packet_id, before)
+        if distance != _UNSAID and last != store._upto:
+            _finish(store, last, -1)
+    elif kind == _FACTS:
+        buf = store.journal.buf
+        if buf[4] == UPTO and buf[2] == 7 and not (buf[3] or store._unknown):
+            # The usual case: one entry.
+            _finish(store, buf[5] | buf[6] << 8, _position(buf, 7))
+        else:
+            _replay_facts(store, store.journal.body(pos) or b"")
+    elif kind == _SUBS:
+        if store.journal.buf[2] or store.journal.buf[3]:
+            store._found_subscriptions(pos)
+        else:
+            store._forget_subscriptions()
+    elif kind == _SESSION:
+        store.identity, store.received = unpack_from("<IH", store.journal.buf, 4)
+        store._renew()
+
+
+def _replay_publish(store, kind, pos, packet_id, before):
+    session = store.session
+    out = session.out
+    newest = session.newest
+    if store._unknown:
+        newest = session.newest = store._taken = store._upto = before
+        store._unknown = False
+    if newest == before or session.is_new(packet_id):
+        if newest != before:
+            # Those in between never came to the journal; so there was no queue, only the window.
+            if store.queued <= store._most:
+                store._take_to(newest)
+            if store._taken == newest:
+                store._taken = before
+        session.newest = packet_id
+        if store._taken != before:
+            pass
+        elif len(out) < store._most:
+            out[packet_id] = pos << 2 | kind >> 1 & 3
+            store._taken = packet_id
+        else:
+            store._cursor = pos
+        if kind & 8:
+            store.mark = unpack_from("<q", store.journal.buf, 8)[0]
+    elif not store._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
+        out[packet_id] = pos << 2 | kind >> 1 & 3
+        if session.ahead(session.newest, packet_id) >= session.ahead(session.newest, store._upto):
+            store._upto = session.back(packet_id, 1)  # given out before the snapshot, recorded after it
+
+
+def _finish(store, last, pos):
+    """All messages up to the identifier last are finished; the next one that is not is at pos or, -1, anywhere."""
+    newest = store.session.newest
+    out = store.session.out
+    age = (newest - last) % _IDS
+    n = (newest - store._upto) % _IDS - age
+    if n == 1:
+        out.pop(last, None)
+    elif n > len(out):
+        for packet_id in [p for p in out if (newest - p) % _IDS >= age]:
+            del out[packet_id]
+    else:
+        while n > 0:
+            n -= 1
+            out.pop((last - n - 1) % _IDS + 1, None)
+    if n >= 0:
+        store._upto = last
+    if age < (newest - store._taken) % _IDS:
+        store._taken = last
+        if pos >= 0:
+            store._cursor = pos
+
+
+def _replay_facts(store, entries):
+    session = store.session
+    out = session.out
+    i = 0
+    while i + 3 <= len(entries):
+        record = entries[i]
+        if not 0 < record < len(_SIZES) or i + _SIZES[record] > len(entries):
+            return
+        packet_id = entries[i + 1] | entries[i + 2] << 8
+        if record == DONE:
+            if store._is_queued(packet_id):
+                out[packet_id] = 0
+                if len(out) > 2 * store._most:
+                    store._take_to(packet_id)
+            else:
+                out.pop(packet_id, None)
+        elif record == RELEASED:
+            if session.ahead(session.newest, packet_id) < session.ahead(session.newest, store._upto):
+                out[packet_id] = REL
+        elif record == RECEIVED:
+            session.held.add(packet_id)
+            store.received = entries[i + 3] | entries[i + 4] << 8
+        elif record == INDONE:
+            session.held.discard(packet_id)
+        elif record == UPTO:
+            if not store._unknown:
+                _finish(store, packet_id, _position(entries, i + 3))
+        elif record == ASKED:
+            store._asked = True
+        elif record == TOLD:
+            store._asked = False
+            if packet_id:
+                store._forget_subscriptions()
+        else:  # DROPPED
+            store._take_to(packet_id)
+            last = entries[i + 3] | entries[i + 4] << 8
+            if store._is_queued(last):
+                store._taken = last
+                store._cursor = _position(entries, i + 5)
+        i += _SIZES[record]
+
+
+def _position(entries, i):
+    where = unpack_from("<I", entries, i)[0]
+    return -1 if where == _NOWHERE else where
