@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
     host.install()
 
+import mqtt_durable.replay  # noqa: F401 - thousands of mounts: what is loaded stays loaded, see once.py
 from mqtt_durable.errors import JournalFull
 from mqtt_durable.journal import Journal
 from mqtt_durable.packet import DISCONNECT_BYTES, Decoder, encode_connect, encode_subscribe
