@@ -1,5 +1,7 @@
 """The block device of the benchmarks, in place of flash."""
 
+_BLANK = b"\xff" * 4096
+
 
 class Ram:
     """A block device that costs next to nothing: no checks, and a program replaces what was there."""
@@ -25,5 +27,5 @@ class Ram:
         if op == 5:
             return 4096
         if op == 6:
-            self.mem[arg << 12 : (arg + 1) << 12] = b"\xff" * 4096
+            self._view[arg << 12 : (arg + 1) << 12][:] = _BLANK
         return 0
