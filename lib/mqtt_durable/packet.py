@@ -5,8 +5,6 @@ are sent once a connection.  Decoder cuts the byte stream from the broker into p
 All lengths are in bytes, all integers big endian (MQTT 3.1.1 section 1.5).
 """
 
-from struct import pack_into
-
 from micropython import const
 
 from .errors import ProtocolError
@@ -151,21 +149,26 @@ def put_publish_head(buf, off, first, topic_name, packet_id, payload_size):
     first: its first byte.  topic_name: checked UTF-8 bytes; 4-9 bytes more than that.  packet_id: 0 at QoS 0.
     MQTT 3.1.1 section 3.3.
     """
+    # In a frame of 11 words: MicroPython takes a larger one from the heap.
     n = len(topic_name)
-    length = n + payload_size + (4 if packet_id else 2)
-    if length < 128:
-        pack_into(">BBH", buf, off, first, length, n)
-        off += 4
-    else:
-        off = put_fixed_header(buf, off, first, length)
-        pack_into(">H", buf, off, n)
-        off += 2
-    buf[off : off + n] = topic_name
-    off += n
+    payload_size += n + (4 if packet_id else 2)
+    buf[off] = first
+    off += 1
+    while payload_size > 127:
+        buf[off] = payload_size & 127 | 128
+        off += 1
+        payload_size >>= 7
+    buf[off] = payload_size
+    buf[off + 1] = n >> 8
+    buf[off + 2] = n & 255
+    off += 3
+    n += off
+    buf[off:n] = topic_name
     if packet_id:
-        pack_into(">H", buf, off, packet_id)
-        off += 2
-    return off
+        buf[n] = packet_id >> 8
+        buf[n + 1] = packet_id & 255
+        n += 2
+    return n
 
 
 def put_ack(buf, off, packet_type, packet_id):
