@@ -134,6 +134,8 @@ class Recall:
         return self.session.ahead(self.session.newest, self._taken)
 
     def _is_queued(self, packet_id):
+        if self._taken == self.session.newest:
+            return False
         ahead = self.session.ahead
         return 0 < ahead(packet_id, self._taken) <= ahead(self.session.newest, self._taken)
 

@@ -408,6 +408,11 @@ class Store(Recall):
         return off
 
     @property
+    def due(self):
+        """Whether fill() may have something to write."""
+        return self.answers or self._sent_to != self.session.newest or self._resend or self.rest or self._held_back
+
+    @property
     def unsent(self):
         """Whether fill() had no room for something."""
         return self.rest or self.answers or self._held_back
