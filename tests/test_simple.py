@@ -87,20 +87,20 @@ class Link:
 
     writing = False
 
-    def readinto(self, view):
+    def readinto(self, view, n):
         if self.closed:
             raise OSError(9)
-        n = min(len(view), len(self.waiting))
+        n = min(n, len(view), len(self.waiting))
         view[:n] = self.waiting[:n]
         self.waiting = self.waiting[n:]
         return n if n or self.ended else None
 
-    def write(self, data):
+    def write(self, data, at, n):
         if self.closed:
             raise OSError(9)
         if self.ended:
             raise OSError(104)
-        data = bytes(data)
+        data = bytes(memoryview(data)[at : at + n])
         if self.broker.deaf:
             return None
         if self.takes is not None:
@@ -175,7 +175,7 @@ class Client(simple.MQTTClient):
     broker = None
 
     def _dial(self):
-        self.sock = self._poll = self.broker.dial()
+        self.sock = self.broker.dial()
 
 
 class Rig:
@@ -202,9 +202,9 @@ class Rig:
         client.set_callback(lambda topic, msg: self.got.append((topic, msg)))
         return client
 
-    def connected(self, clean=False, **more):
+    def connected(self, clean=False, timeout=None, **more):
         client = self.make(**more)
-        client.connect(clean)
+        client.connect(clean, timeout)
         return client
 
     def payloads(self):
@@ -234,7 +234,7 @@ class _Registers:
     """A poll object: what it does is the link's own."""
 
     def register(self, sock, events):
-        self.poll = sock.poll
+        self.ipoll = sock.poll
         self.modify = sock.modify
 
 
@@ -763,6 +763,52 @@ def test_a_qos_2_message_received_is_delivered_once_also_when_power_fails_on_its
     play(scenario, ((1, "PUBREC", 1, "lost"),))
 
 
+def flood(rig, first, last, dup=False):
+    """As mosquitto 2.0 after a reconnection: all that waits, whatever its window."""
+    rig.broker.say(b"".join([publish("t", b"%d" % n, 2, n, dup=dup) for n in range(first, last + 1)]))
+
+
+def test_more_messages_at_qos_2_than_are_kept_in_mind_come_again_over_a_new_connection():
+    for unanswered in (0, 5):
+
+        def scenario(rig):
+            c = rig.connected(timeout=5)
+            flood(rig, 1, 300)
+            for n in range(1, 257):
+                assert c.wait_msg() == 0x34
+            rig.broker.say(publish("t", b"QoS 0") + publish("t", b"QoS 1", 1, 400))
+            assert c.wait_msg() == 0x30
+            raises(OSError, c.wait_msg)
+            assert rig.broker.connections == 2 and c.passed_over == 45
+            flood(rig, 257, 300, True)
+            for n in range(257, 301):
+                assert c.wait_msg() == 0x3C
+            assert c.check_msg() is None
+            assert [payload for _, payload in rig.got] == (
+                [b"%d" % n for n in range(1, 257)] + [b"QoS 0"] + [b"%d" % n for n in range(257, 301)]
+            )
+            assert [p.packet_id for p in rig.broker.named("PUBREC")] == list(range(1, 301))
+            assert not rig.broker.named("PUBACK")
+
+        play(scenario, ((1, "PUBREC", unanswered, "ignored"),) if unanswered else ())
+
+
+def test_a_broker_that_finishes_none_of_its_messages_is_not_connected_to_again_and_again():
+    def scenario(rig):
+        c = rig.connected(timeout=5)
+        flood(rig, 1, 300)
+        for n in range(256):
+            c.wait_msg()
+        for n in range(10):
+            raises(OSError, c.wait_msg)
+        rig.broker.say(publish("t", b"QoS 0"))
+        assert c.wait_msg() == 0x30
+        c.publish(b"t", b"x", qos=1)
+        assert rig.broker.connections == 1 and rig.payloads() == [b"x"]
+
+    play(scenario, ((1, "PUBREC", 0, "ignored"),))
+
+
 def test_without_a_callback_a_message_is_kept_by_the_broker():
     def scenario(rig):
         c = rig.connected()
@@ -980,6 +1026,14 @@ def test_a_message_over_the_limit_is_acknowledged_and_counted():
         c.wait_msg()
         assert rig.got == [(b"t", b"b")] and c.too_large == 1
         assert rig.broker.trace(1)[1:] == ["PUBACK 7"]
+        c = rig.connected(limit_bytes=129)
+        for size in range(4, 10):  # however little of it is still to come
+            one = publish("t", b"c")
+            rig.broker.say(publish("t" * 122, b"z" * size) + one + one)
+            c.wait_msg()
+            assert rig.got.pop() == (b"t", b"c") and c.too_large == size - 3
+            assert rig.broker.link.waiting == one
+            c.wait_msg()
 
     play(scenario)
 
@@ -1000,8 +1054,8 @@ def test_an_interrupt_in_the_middle_of_a_packet_ends_the_connection():
         c = rig.connected()
         write = rig.broker.link.write
 
-        def interrupted(data):
-            write(data[:2])
+        def interrupted(data, at, n):
+            write(data, at, 2)
             raise KeyboardInterrupt
 
         rig.broker.link.write = interrupted
@@ -1018,7 +1072,7 @@ def test_an_interrupt_before_connack_leaves_no_connection():
         c = rig.make()
 
         def hears(came):
-            def interrupted(view):
+            def interrupted(view, n):
                 raise KeyboardInterrupt
 
             rig.broker.link.readinto = interrupted

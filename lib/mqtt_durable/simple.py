@@ -27,9 +27,9 @@ from .packet import (
     check_filter,
     check_topic,
     encode_connect,
-    encode_publish,
     encode_subscribe,
     encode_unsubscribe,
+    put_publish_head,
     utf8,
     Decoder,
 )
@@ -43,6 +43,7 @@ _FIRST_MS = const(1000)
 _LONGEST_MS = const(60000)
 _NESTED = const(3)
 _END = const(-1)  # the errno that umqtt.simple's programs know
+_FAULTS = (MQTTError, OSError)
 
 _owners = {}  # home of a journal, or the id() that stands for it -> the client that uses it
 
@@ -124,9 +125,12 @@ class MQTTClient:
         self._renewing = False  # the broker said that it has no session, and that is not recorded yet
         self._era = 0  # counts the sessions at the broker: a message belongs to the one it came in
         self._depth = 0  # callbacks running
-        self._away_ms = 0  # time spent in callbacks
+        self._until_ms = 0  # ticks_ms at which a wait for an answer is over; it stands still in callbacks
+        self._mark = None  # from publish() to _keep()
         self._begun = False  # half a packet is here
         self._wanted = {}  # topic filter -> QoS, of every subscription that was granted
+        self._passing = False  # messages are passed over, see _takes()
+        self.passed_over = 0  # how often a message was
         self._requests = {}  # packet identifier -> [packet identifier, topic filter, QoS or None, return code]
         self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
         self._asked = False  # by ping()
@@ -207,7 +211,7 @@ class MQTTClient:
         except MQTTException as e:
             self._lost(e)
             raise
-        except (MQTTError, OSError) as e:
+        except _FAULTS as e:
             raise self._lost(e)
         return 1 if present else 0
 
@@ -223,7 +227,7 @@ class MQTTClient:
         self._poll.register(self.sock, select.POLLIN)
         decoder = self._decoder
         decoder.reset()
-        self._begun = self._asked = False
+        self._begun = self._asked = self._passing = False
         self._ping_at = None
         self._requests.clear()
         self.store.session.requests.clear()
@@ -284,7 +288,7 @@ class MQTTClient:
                     )
                 try:
                     owner.disconnect()
-                except (MQTTError, OSError):
+                except _FAULTS:
                     pass  # it had not been able to record that before, either
                 owner.store = None
                 owner._era += 1
@@ -341,7 +345,7 @@ class MQTTClient:
             if self._up:
                 self._fill()
                 self._write(DISCONNECT_BYTES)
-        except (MQTTError, OSError):
+        except _FAULTS:
             pass  # nothing that matters is lost with it
         self._hang_up()
         if self.store is not None and self.store.journal.usable:
@@ -360,21 +364,33 @@ class MQTTClient:
         the connection.  What a callback raises that ran meanwhile comes out of here, too, and says nothing about this
         message.
         """
-        if isinstance(msg, str):
-            msg = msg.encode()
+        # Here, and in all that a message goes through but for a few, no frame has more than the 11 words for which
+        # MicroPython takes none from the heap: looking for room there costs more than all that is done.
         if isinstance(topic, str):
             topic = topic.encode()
+        if isinstance(msg, str):
+            msg = msg.encode()
         if qos == 0:
             if mark is not None:
                 raise ValueError("mark: needs QoS 1 or 2")
-            self._say(encode_publish(check_topic(topic), msg, retain))
+            check_topic(topic)
+            if not self._up:
+                self._check()
+            self._post(0x31 if retain else 0x30, topic, msg)
             return
         if qos not in (1, 2):
             raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
-        self._mount()
+        self._mark = mark
+        qos = qos << 1 | (1 if retain else 0)
+        self._keep(topic, msg, qos)
+
+    def _keep(self, topic, msg, flags):
+        """publish() at QoS 1 and 2."""
+        if not self._up:
+            self._mount()
         store = self.store
         try:
-            packet_id = store.publish(topic, msg, qos, retain, mark)
+            packet_id = store.publish(topic, msg, flags >> 1, flags & 1, self._mark)
         except OSError as e:
             self._lost(e)  # so that the journal is mounted anew
             raise
@@ -384,11 +400,13 @@ class MQTTClient:
                     if not self._stay or not self._due():
                         return
                     self._connect()
-                self._flush()
+                elif not self._post(0x30 | flags, topic, msg, packet_id):
+                    self._guard(self._fill)
                 # A callback that publishes for each message it gets must not grow the stack without end.
                 if self._depth <= _NESTED:
-                    self._until(lambda: store.is_live(packet_id))
-                    self._pulse()  # or a program that sleeps now would send it again
+                    self._until(packet_id, None)
+                    if time.ticks_diff(self._last_received, self._pulse_at) >= _PULSE_MS:
+                        self._pulse()  # or a program that sleeps now would send it again
                 return
             except (MQTTException, OSError):
                 if self._up:
@@ -404,47 +422,83 @@ class MQTTClient:
     def _say(self, data):
         """Send a packet that needs no acknowledgement.  Raises OSError."""
         self._check()
-        try:
-            self._write(data)
-        except OSError as e:
-            raise self._lost(e)
+        self._guard(self._write, data)
 
     def _check(self):
         if not self._up:
             raise OSError(_END, "not connected")
 
-    def _flush(self):
-        """Send what the store has to send.  Raises OSError."""
+    def _post(self, first, topic, msg, packet_id=0):
+        """Send a PUBLISH from what publish() has at hand; False if the store has to send it.  Raises OSError."""
+        send = self._send
+        self._up = False  # unless it ends well: a Ctrl-C in the middle of a packet spoils the stream
+        if len(topic) + len(msg) + 9 > _SEND_BYTES:
+            if packet_id:
+                self._up = True
+                return False
+            send = bytearray(len(topic) + 9)
+        elif packet_id and not self.store.at_once(packet_id):
+            self._up = True
+            return False
         try:
-            self._fill()
-        except (MQTTError, OSError) as e:
+            first = put_publish_head(send, 0, first, topic, packet_id, len(msg))
+            if send is self._send:
+                topic = first + len(msg)
+                send[first:topic] = msg
+                self._put(send, topic)
+            else:
+                self._put(send, first)
+                self._put(msg, len(msg))
+        except OSError as e:
+            raise self._lost(e)
+        self._up = True
+        return True
+
+    def _guard(self, function, *arguments):
+        """Call it; its failure ends the connection.  Raises OSError."""
+        try:
+            return function(*arguments)
+        except _FAULTS as e:
             raise self._lost(e)
 
     def _fill(self):
+        """Send what the store has to send.  Raises OSError, JournalFull."""
         send = self._send
         while True:
+            self._up = False
             n = self.store.fill(send, 0)
+            if n:
+                self._put(send, n)
+            self._up = True
             if not n:
                 return
-            self._write(send[:n])
 
     def _write(self, data):
-        """Send all of data.  Raises OSError when the broker takes nothing for the limit's time."""
-        self._up = False  # unless it ends well: a Ctrl-C in the middle of a packet spoils the stream
-        sock = self.sock
+        """Send a packet.  Raises OSError."""
+        self._up = False
+        self._put(data, len(data))
+        self._up = True
+
+    def _put(self, data, n):
+        """Send n bytes of data.  Raises OSError when the broker takes nothing for the limit's time."""
         at = 0
-        while at < len(data):
-            n = sock.write(data if not at and len(data) <= _SEND_BYTES else memoryview(data)[at : at + _SEND_BYTES])
-            if n:
-                at += n
+        while at < n:
+            done = self.sock.write(data, at, n - at if n - at < _SEND_BYTES else _SEND_BYTES)
+            if done:
+                at += done
                 continue
-            self._poll.modify(sock, select.POLLOUT)
-            ready = self._poll.poll(self._limit_ms)
-            self._poll.modify(sock, select.POLLIN)
-            if not ready:
+            self._poll.modify(self.sock, select.POLLOUT)
+            done = self._ready(self._limit_ms)
+            self._poll.modify(self.sock, select.POLLIN)
+            if not done:
                 raise OSError(ETIMEDOUT, "the broker takes nothing")
         self._last_sent = time.ticks_ms()
-        self._up = True
+
+    def _ready(self, wait_ms):
+        """Wait until the socket is as it was registered for, but no longer than that; whether it is."""
+        for _ in self._poll.ipoll(wait_ms):  # unlike poll() it makes no list
+            return True
+        return False
 
     # -- receiving
 
@@ -457,19 +511,23 @@ class MQTTClient:
         return self._receive(True)
 
     def check_msg(self):
-        """The same, but return None at once if nothing is there.  May only wait for the flash.  Raises OSError."""
+        """The same, but return None at once if nothing is there.
+
+        May only wait for the flash, and for a new connection after a flood of messages at QoS 2: see .passed_over.
+        Raises OSError.
+        """
         return self._receive(False)
 
     def _receive(self, wait):
+        left_ms = _PULSE_MS if wait else 0
         begin = time.ticks_ms()
         while True:
-            left_ms = _PULSE_MS if wait else 0
             if wait and self._timed:
                 left_ms = self._limit_ms - time.ticks_diff(time.ticks_ms(), begin)
                 if left_ms <= 0:
                     raise OSError(ETIMEDOUT, "no message")  # the connection is in order
                 left_ms = min(left_ms, _PULSE_MS)
-            came = self._step(left_ms)
+            came = self._step(0 if self._passing and not self.store.session.held else left_ms)
             if came >> 4 == PUBLISH:
                 return came
             if came >> 4 == PINGRESP and self._asked:
@@ -480,16 +538,18 @@ class MQTTClient:
                 if not wait:
                     return None
 
-    def _until(self, waiting):
-        """Handle what comes until waiting() is false.  Raises OSError: no progress for the limit's time."""
+    def _until(self, packet_id, request):
+        """Handle what comes until the message, or the request if there is one, is finished.
+
+        Raises OSError: no progress for the limit's time.
+        """
         done = -1
-        while waiting():
-            now = time.ticks_ms()
+        while self.store.is_live(packet_id) if request is None else self._requests.get(packet_id) is request:
+            left_ms = time.ticks_ms()
             if self.store.acknowledged != done:
                 done = self.store.acknowledged
-                begin = now
-                away_ms = self._away_ms
-            left_ms = self._limit_ms - time.ticks_diff(now, begin) + self._away_ms - away_ms
+                self._until_ms = time.ticks_add(left_ms, self._limit_ms)
+            left_ms = time.ticks_diff(self._until_ms, left_ms)
             if left_ms <= 0:
                 raise self._lost(OSError(ETIMEDOUT, "the broker does not answer"))
             self._step(left_ms)
@@ -501,104 +561,138 @@ class MQTTClient:
         """
         decoder = self._decoder
         while True:
-            kind = decoder.next()
-            if kind:
+            n = decoder.next()
+            if n:
                 self._begun = False
-                return kind
-            if not self._poll.poll(wait_ms):
-                if self._begun and time.ticks_diff(time.ticks_ms(), self._last_received) >= self._limit_ms:
-                    raise OSError(ETIMEDOUT, "half a packet came")
-                if not self._begun or not wait_ms:
-                    return 0
-                continue
-            n = self.sock.readinto(decoder.space()[: decoder.missing])
+                return n
+            space = decoder.space()
+            # Before it polls: TLS may have bytes that the socket no longer has.
+            n = self.sock.readinto(space, decoder.missing)
+            while n is None:
+                if not wait_ms or not self._ready(wait_ms):
+                    if self._begun and time.ticks_diff(time.ticks_ms(), self._last_received) >= self._limit_ms:
+                        raise OSError(ETIMEDOUT, "half a packet came")
+                    if not self._begun or not wait_ms:
+                        return 0
+                n = self.sock.readinto(space, decoder.missing)
             if n == 0:
                 raise OSError(_END, "the broker closed the connection")
-            if n:
-                decoder.fed(n)
-                self._begun = True
-                self._last_received = time.ticks_ms()
-                if wait_ms:
-                    wait_ms = self._limit_ms
+            if n == 2 and not self._begun and not decoder.left and 0 < space[1] < 128:  # .missing would be that
+                n += self.sock.readinto(space[2:], space[1]) or 0
+            decoder.fed(n)
+            self._begun = True
+            self._last_received = time.ticks_ms()
+            if wait_ms:
+                wait_ms = self._limit_ms
 
     def _step(self, wait_ms):
         """Handle one packet if it begins within wait_ms; return its first byte, of a PUBLISH only if it was delivered,
         else 0.  Raises OSError, and what the callback raises."""
-        self._check()
-        decoder = self._decoder
-        store = self.store
-        deliver = False
+        if not self._up:
+            self._check()
         try:
-            kind = self._next(wait_ms)
-            if not kind:
+            came = self._next(wait_ms)
+            if not came:
                 return 0
             self._good = True
-            if kind == PUBLISH:
-                qos = decoder.qos
-                packet_id = decoder.packet_id
-                deliver = not qos or store.on_publish(qos, packet_id)
-                if deliver and decoder.payload is None:
-                    deliver = False
-                    self.too_large += 1
-                    if qos:  # or it would come back for ever
-                        store.handled(qos, packet_id, store.session.epoch)
-                if not deliver:
-                    kind = 0
-            elif kind == SUBACK or kind == UNSUBACK:
-                self._on_granted(kind)
-            elif kind == PINGRESP:
-                self._ping_at = None
-            elif kind == CONNACK:
-                raise ProtocolError("a second CONNACK")
-            else:
-                store.on_ack(kind, decoder.packet_id)
-            came = kind << 4 | decoder.flags
-            if not deliver:
-                self._fill()
-                return came if kind else 0
-        except (MQTTError, OSError) as e:
+            came = self._handle(came)
+            if came >> 4 != PUBLISH:
+                if self.store.due:
+                    self._fill()
+                return came
+        except _FAULTS as e:
             raise self._lost(e)
-        self._deliver(qos, packet_id)
+        self._deliver()
         return came
 
-    def _deliver(self, qos, packet_id):
+    def _handle(self, kind):
+        """Handle a packet; return its first byte, 0 for a PUBLISH that is not to be delivered."""
+        decoder = self._decoder
+        store = self.store
+        if kind == PUBLISH:
+            if decoder.flags & 6 and not self._takes(decoder.qos, decoder.packet_id):
+                return 0
+            if decoder.payload is None:
+                self.too_large += 1
+                if decoder.qos:  # or it would come back for ever
+                    store.handled(decoder.qos, decoder.packet_id, store.session.epoch)
+                return 0
+        elif kind == SUBACK or kind == UNSUBACK:
+            self._on_granted(kind)
+        elif kind == PINGRESP:
+            self._ping_at = None
+        elif kind == CONNACK:
+            raise ProtocolError("a second CONNACK")
+        else:
+            store.on_ack(kind, decoder.packet_id)
+        return kind << 4 | decoder.flags
+
+    def _takes(self, qos, packet_id):
+        """Whether a PUBLISH is to be delivered.
+
+        mosquitto 2.0 after a reconnection sends all that waits, whatever its window.  What is more than the session
+        keeps in mind, and all behind it, is passed over without an answer: the broker has it still, and sends it again,
+        in order, over a new connection, which _pulse() makes when there is room.
+        """
+        session = self.store.session
+        if session.is_too_much(packet_id):
+            self._passing = True
+            self.passed_over += 1
+            return False
+        if not self.store.on_publish(qos, packet_id):
+            return False
+        if self._passing:
+            session.busy.discard(packet_id)
+            self.passed_over += 1
+        return not self._passing
+
+    def _deliver(self):
         """Hand a message to the callback; acknowledge it when that has returned."""
         decoder = self._decoder
         store = self.store
+        qos = decoder.qos
+        packet_id = decoder.packet_id
         era = self._era
         done = False
         self.token = store.token(packet_id) if qos == 2 else None
         self._depth += 1
-        begin = time.ticks_ms()
+        left_ms = time.ticks_diff(self._until_ms, time.ticks_ms())
         try:
             if self.cb is not None:
                 self.cb(decoder.topic.encode(), bytes(decoder.payload))
                 done = True
         finally:
             self._depth -= 1
-            if not self._depth:
-                self._away_ms += time.ticks_diff(time.ticks_ms(), begin)
+            self._until_ms = time.ticks_add(time.ticks_ms(), left_ms)
             if not done:
                 store.session.busy.discard(packet_id)  # it has to come again
-        if not done or not qos:
-            return
-        try:
-            # -1: the session it came in is over, nobody waits for an answer.
-            store.handled(qos, packet_id, store.session.epoch if era == self._era else -1)
-            if self._up:
-                self._fill()
-        except (MQTTError, OSError) as e:
-            store.session.busy.discard(packet_id)
-            raise self._lost(e)
+        if done and qos:
+            try:
+                # -1: the session it came in is over, nobody waits for an answer.
+                store.handled(qos, packet_id, store.session.epoch if era == self._era else -1)
+                if self._up:
+                    self._fill()
+            except _FAULTS as e:
+                store.session.busy.discard(packet_id)
+                raise self._lost(e)
 
     def _pulse(self):
         """What is done when nothing comes, once a second: lazy records, erasing ahead, keep-alive.  Raises OSError."""
         now = time.ticks_ms()
+        store = self.store
+        session = store.session
+        silent_ms = time.ticks_diff(now, self._last_received)
+        # Without room yet a new connection would bring nothing but the same again.
+        if self._passing and not session.busy and not session.is_too_much(0):
+            if not session.held or silent_ms >= _PULSE_MS:
+                try:
+                    self._connect()
+                except MQTTException as e:
+                    raise OSError(_END, str(e))
+                return
         if time.ticks_diff(now, self._pulse_at) < _PULSE_MS:
             return
         self._pulse_at = now
-        store = self.store
-        silent_ms = time.ticks_diff(now, self._last_received)
         try:
             store.commit()
             store.journal.idle()
@@ -610,7 +704,7 @@ class MQTTClient:
             ):
                 self._ping_at = now
                 self._write(PINGREQ_BYTES)
-        except (MQTTError, OSError) as e:
+        except _FAULTS as e:
             raise self._lost(e)
 
     # -- SUBSCRIBE and UNSUBSCRIBE
@@ -636,18 +730,18 @@ class MQTTClient:
         """End a subscription; returns when the broker has confirmed it.  Raises ValueError, OSError, JournalFull."""
         topic_filter = utf8(check_filter(topic))
         self._check()
-        self.store.unsubscribing(topic_filter)
+        try:
+            self.store.unsubscribing(topic_filter)
+        except OSError as e:
+            raise self._lost(e)
         self._wanted.pop(topic_filter, None)
         self._ask(topic_filter, None)
 
     def _ask(self, topic_filter, qos):
         """Ask the broker; return the code of its answer, 0 for an UNSUBACK.  Raises OSError."""
         self._check()
-        try:
-            request = self._request(topic_filter, qos)
-        except OSError as e:
-            raise self._lost(e)
-        self._until(lambda: self._requests.get(request[0]) is request)
+        request = self._guard(self._request, topic_filter, qos)
+        self._until(request[0], request)
         if request[3] is None:
             raise OSError(_END, "the connection was lost")
         return request[3]
