@@ -331,9 +331,6 @@ class Decoder:
                 self.type = PUBACK
                 return PUBACK
         kind = first >> 4
-        fixed = _FIXED.get(kind)
-        if fixed is None:
-            raise ProtocolError("packet type %d from a server" % kind)
         if kind != PUBLISH and first & 15 != (2 if kind == PUBREL else 0):  # [MQTT-2.2.2-2]
             raise ProtocolError("flags %d in packet type %d" % (first & 15, kind))
         i = at + 1
@@ -354,13 +351,14 @@ class Decoder:
                 if byte < 128:
                     break
                 shift += 7
-        if fixed >= 0 and length != fixed:
-            raise ProtocolError("remaining length %d in packet type %d" % (length, kind))
         total = i - at + length
         if total > self._limit:
-            if kind != PUBLISH:
-                raise ProtocolError("packet of %d bytes" % total)
             return self._oversize(first, i, length)
+        fixed = _FIXED.get(kind)
+        if fixed is None:
+            raise ProtocolError("packet type %d from a server" % kind)
+        if fixed >= 0 and length != fixed:
+            raise ProtocolError("remaining length %d in packet type %d" % (length, kind))
         if end - at < total:
             self.missing = total - (end - at)
             if total > len(buf):
@@ -429,7 +427,9 @@ class Decoder:
         return i
 
     def _oversize(self, first, i, length):
-        """A PUBLISH over the limit: announce it as soon as its head is here."""
+        """A packet over the limit: a PUBLISH is announced as soon as its head is here.  In MQTT 5 all come here."""
+        if first >> 4 != PUBLISH:
+            raise ProtocolError("packet type %d of %d bytes" % (first >> 4, length))
         self.flags = first & 15
         self.missing = 2 - (self._end - i)
         if self.missing > 0:
