@@ -10,7 +10,12 @@ class MQTTError(Exception):
 
 
 class ProtocolError(MQTTError):
-    """The broker sent what MQTT does not allow.  The connection ends and is made again; nothing stored is lost."""
+    """The broker sent what MQTT does not allow.  The connection ends and is made again; nothing stored is lost.
+
+    .reason_code: what the DISCONNECT of MQTT 5 tells the broker of it (section 4.13).
+    """
+
+    reason_code = 0x82
 
 
 class ConnectRefused(MQTTError):

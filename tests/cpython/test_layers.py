@@ -2,9 +2,10 @@
 
     packet, properties <- session <- store <- client, simple <- main
     flash/*            <- journal <- store        errors: imported by all, imports nothing
-                              log <- client       imports nothing either
+                     log, reasons <- client       import nothing either
 
-ring is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.
+ring is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.  packet5 is packet
+and properties together, for MQTT 5.
 What a module may import is read off the directory as it is: a new module needs no entry here unless it is one of the
 picture's own.
 """
@@ -21,7 +22,9 @@ PICTURE = {
     "errors": set(),
     "log": set(),
     "packet": {"errors"},
-    "properties": {"errors"},
+    "properties": {"errors", "packet"},
+    "packet5": {"errors", "packet", "properties"},
+    "reasons": set(),
     "session": {"errors", "packet", "properties"},
     "ring": {"errors"},
     "journal": {"errors", "ring"},
