@@ -563,12 +563,15 @@ def test_the_payload_of_a_message_over_the_limit_can_be_taken_in_pieces():
 
 
 def test_what_is_too_large_is_told_to_the_broker():
-    """[MQTT5-3.1.2-24]"""
     assert _code(b"\x90\xff\xff\xff\x7f", Decoder5(64, 4096)) == 0x95
     assert _code(b"\x20\x81\x02", Decoder5(64, 256)) == 0x95
     # A topic name or properties that fit no buffer cannot be told to the program.
     assert _code(b"\x30\xff\xff\xff\x7f\xff\xffttt", Decoder5(64, 128)) == 0x95
     assert _code(b"\x30\xff\xff\xff\x7f\x00\x01t\xff\x7f", Decoder5(64, 128)) == 0x95
+    assert _code(b"\x30\xff\xff\xff\x7f\x03\xe8ttt", Decoder5(64, 4096)) == 0x95
+    # A head that is longer than its packet is not waited for.
+    assert _code(b"\x30\x46\x00\x48", Decoder5(512, 64)) == 0x95
+    assert _code(b"\x30\x46\x00\x01t\x7f", Decoder5(512, 64)) == 0x95
     # 256 MB are announced; no such buffer may be tried for.
     decoder = Decoder5(64, 4096)
     assert _feed(decoder, b"\x30\xff\xff\xff\x7f\x00\x01t\x00xx") == [(PUBLISH, 0, 0, "t", None)]

@@ -262,7 +262,7 @@ class Decoder5(packet.Decoder):
         total = i - at + length
         need = length
         if total > self._most:
-            need = min(self._head(i, have, first & 6), length)
+            need = self._head(i, have, first & 6)
             if kind != _PUBLISH or i - at + need > min(self._most, self._size):
                 raise Violation(0x95, "packet type %d of %d bytes" % (kind, total))
         self.missing = need - have
