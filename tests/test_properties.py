@@ -71,7 +71,7 @@ def _code(data, packet=PUBLISH):
 
 
 def test_every_property_has_the_bytes_of_its_section_both_ways():
-    """[MQTT5-1.5.4-1] [MQTT5-3.1.3-11] [MQTT5-3.3.2-13] [MQTT5-3.3.2-19]"""
+    """[MQTT5-1.5.4-1] [MQTT5-3.3.2-13] [MQTT5-3.3.2-19]"""
     for name, data, value, out, into in _ALL:
         for packet in out:
             assert encode({name: value}, packet) == _block(data), (name, packet)
@@ -137,7 +137,7 @@ def test_message_expiry_comes_first_wherever_it_is_in_the_dictionary():
 
 
 def test_bad_values_of_the_program_are_told_with_what_is_expected():
-    """[MQTT5-1.5.4-1] [MQTT5-1.5.4-2] [MQTT5-1.5.7-1] [MQTT5-3.1.3-11] [MQTT5-3.3.2-13] [MQTT5-3.3.2-14]
+    """[MQTT5-1.5.4-1] [MQTT5-1.5.4-2] [MQTT5-1.5.7-1] [MQTT5-3.3.2-13] [MQTT5-3.3.2-14]
     [MQTT5-3.3.2-19]
     """
     for packet, name, value, text in (

@@ -8,8 +8,8 @@ TESTS = Path(__file__).resolve().parents[1]
 ROW = re.compile(r"\| (MQTT5?-[0-9.-]+) \| ([^|]+) \| ([^|]+) \|")
 TEST = re.compile(r"`([a-z0-9_/]+\.py)::(test_[a-z0-9_]+)`")
 NAMED = re.compile(r"\[(MQTT5?-[0-9.-]+)\]")
-# How many statements of each version bind a client or can be observed by it.
-STATEMENTS = {"MQTT": 83}
+# How many statements of each version bind a client or can be observed by it; of MQTT 5's 161, those that are built.
+STATEMENTS = {"MQTT": 83, "MQTT5": 72}
 
 
 def read_table(text):
