@@ -242,6 +242,8 @@ class Decoder5(packet.Decoder):
 
         Raises ProtocolError for what no MQTT 5 server may send; the connection is then of no more use.
         """
+        self.reason_code = 0
+        self.properties = _NONE
         try:
             return super().next()
         except Violation:
@@ -277,8 +279,6 @@ class Decoder5(packet.Decoder):
         stop = i + length
         self.type = kind
         self.flags = first & 15
-        self.reason_code = 0
-        self.properties = _NONE
         if kind == _PUBLISH:
             at = self._publish_head(i, stop)
             if total > self._most:
