@@ -1936,7 +1936,7 @@ def test_fault_in_a_connection_task_makes_a_new_connection():
             return original(*args)
 
         await rig.up()
-        wrap(rig.client.store, "on_ack", fail)
+        wrap(rig.client.store, "_act", fail)
         await rig.client.acknowledged(await rig.client.publish("t", "a", qos=2))
         assert rig.broker.connections == 2 and len(rig.broker.delivered) == 1
         faults.append(MemoryError("no room"))
@@ -1953,21 +1953,18 @@ def test_message_there_is_no_memory_for_comes_again():
         got = []
         rig.client.on("#", lambda message: got.append(message.payload))
         await rig.up()
-        module = sys.modules["mqtt_durable.client"]
-        real = module.Message
+        client = rig.client
+        real = client._Message
 
         def no_room(*_):
-            module.Message = real
+            client._Message = real
             raise MemoryError("no room")
 
-        module.Message = no_room
-        try:
-            await rig.broker.publish("t", b"a", 2, 5)
-            await rig.up(2)
-            await rig.broker.publish("t", b"a", 2, 5, dup=True)
-            await rig.broker.expect("PUBCOMP 5")
-        finally:
-            module.Message = real
+        client._Message = no_room
+        await rig.broker.publish("t", b"a", 2, 5)
+        await rig.up(2)
+        await rig.broker.publish("t", b"a", 2, 5, dup=True)
+        await rig.broker.expect("PUBCOMP 5")
         assert got == [b"a"]
 
     play(scenario)

@@ -275,7 +275,7 @@ def test_every_prefix_of_a_packet_needs_more():
 def test_the_dup_flag_and_the_qos_can_be_read():
     decoder = Decoder()
     _feed(decoder, b"\x3c\x05\x00\x01t\x00\x01")
-    assert decoder.qos == 2 and decoder.flags & 8
+    assert decoder.flags == 0x0C
 
 
 def test_what_no_server_may_send_is_a_protocol_error():

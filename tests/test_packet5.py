@@ -487,11 +487,14 @@ def test_problem_information_that_was_not_asked_for_is_a_protocol_error():
 
 def test_properties_of_one_packet_are_not_those_of_the_next():
     decoder = Decoder5()
-    _feed(decoder, b"\x20\x07\x00\x87\x04\x1f\x00\x01x")
+    data = b"\x20\x07\x00\x87\x04\x1f\x00\x01x" + b"\x40\x02\x00\x01" + b"\x20\x07\x00\x87\x04\x1f\x00\x01x"
+    decoder.space()[: len(data)] = data
+    decoder.fed(len(data))
+    assert decoder.next() == CONNACK
     assert decoder.properties == {"reason_string": "x"} and decoder.reason_code == 0x87
-    _feed(decoder, b"\x40\x02\x00\x01")
+    assert decoder.next() == PUBACK
     assert decoder.properties == {} and decoder.reason_code == 0
-    _feed(decoder, b"\x20\x07\x00\x87\x04\x1f\x00\x01x")
+    assert decoder.next() == CONNACK
     decoder.reset()
     assert decoder.properties == {} and decoder.reason_code == 0
 

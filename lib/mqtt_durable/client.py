@@ -100,21 +100,38 @@ class Message:
 
 
 class Client:
-    """An MQTT 3.1.1 client whose QoS 1 and 2 messages survive power loss.
+    """An MQTT client whose QoS 1 and 2 messages survive power loss.
 
-    config: a dict as config.load() returns.  device: a block device for the journal in place of
+    config: a dict as config.load() returns; with config["broker"]["version"] 5 this makes a client5.Client5, which
+    speaks MQTT 5 and has more than is said here, else MQTT 3.1.1 is spoken.  device: a block device for the journal in place of
     config["journal"]["home"].  prog_size: its program size in bytes.  link: what brings the network up before each
     connection, `await link.up()`; OSError there counts as a failed attempt.  If it has link.address(), the connection
     ends when what that returns changes.  will: (topic, payload, qos, retain).
     backoff_ms: first and longest pause between attempts; each pause is drawn from its upper half.
     answer_ms: the broker must answer CONNECT and PINGREQ within this.
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
+    properties, authenticate: of MQTT 5, see client5.py.
 
     .log: the last events, see log.py; `print(client.log)`.  Its levels are config["log"]'s, if there is that.
 
     The journal is mounted here, so .mark is known at once.  Raises JournalUnavailable, ValueError, OSError (flash),
     ConfigError (a certificate's file).
     """
+
+    _version = 4  # the protocol level of MQTT 3.1.1
+    _goodbye = DISCONNECT_BYTES
+    _on_other = None  # takes what is neither PUBLISH nor an answer to a request, in place of store.on_ack()
+
+    _made = False
+
+    def __new__(cls, config, *arguments, **more):
+        if cls is not Client or config["broker"].get("version") != 5:
+            return object.__new__(cls)
+        from .client5 import Client5
+
+        client = object.__new__(Client5)
+        client.__init__(config, *arguments, **more)  # CPython does it again, MicroPython never does
+        return client
 
     def __init__(
         self,
@@ -126,7 +143,12 @@ class Client:
         backoff_ms=(1000, 60000),
         answer_ms=10000,
         limit_bytes=4096,
+        properties=None,
+        authenticate=None,
     ):
+        if self._made:
+            return
+        self._made = True
         broker = config["broker"]
         journal = config["journal"]
         session = config["session"]
@@ -144,9 +166,7 @@ class Client:
             from .tls import TLS
 
             self._tls = TLS(broker["tls"], broker["host"])
-        self._keep_alive_ms = broker["keep_alive_s"] * 1000
-        # A PINGREQ is due after 3/4 of the keep-alive, and a pulse later it has gone out.
-        self._pulse_ms = min(_PULSE_MS, self._keep_alive_ms // 8 or _PULSE_MS)
+        self._keep_alive(broker["keep_alive_s"])
         self._clean = session["clean"]
         self._identity = identity(self.client_id, broker["host"], broker["port"])
         self._waits = journal["when_full"] == "wait"
@@ -156,6 +176,7 @@ class Client:
         self._addresses = Addresses(broker["host"], broker["port"])
         self._backoff_ms = backoff_ms
         self._answer_ms = answer_ms
+        self._decoder = self._set_up(config, limit_bytes, properties, authenticate)
         self._connect_packet(True)  # a bad argument shows here, not in the field
         size = None
         self.journal_home = "device"  # where the journal lives
@@ -171,11 +192,8 @@ class Client:
         self._stepped = time.ticks_ms()
         if note:
             self._lost(JournalLost(note))
-        self.store = Store(
-            Journal(device, prog_size, size),
-            session["in_flight"],
-            journal["when_full"],
-            grace=self._grace_ms > 0,
+        self.store = self._make_store(
+            Journal(device, prog_size, size), session["in_flight"], journal["when_full"], None, self._grace_ms > 0
         )
         self.store.open()
         self._log_journal()
@@ -183,7 +201,6 @@ class Client:
         self.connected = False
         self.session_present = False
         self.on_connect = None  # called with session_present after each CONNACK
-        self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
         self._send = memoryview(bytearray(_SEND_BYTES))
         self._quick = False  # the writer waits for something to do: whoever has something may write
         self._burst = 0
@@ -218,6 +235,7 @@ class Client:
         self._requests = []
         self._waiters = {}  # packet identifier -> _Waiter
         self.messages = _Messages(self)
+        self._Message = Message
         self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
         self.protocol_errors = self.passed_over = 0
         # What each message goes through is bound once.  That saves the search for a method, and with 74 attributes or
@@ -229,6 +247,52 @@ class Client:
         self._write_now = self._write_now
         self._on_publish = self._on_publish
         self._flush = self._flush
+
+    # -- what MQTT 5 does in another way
+
+    def _set_up(self, config, limit_bytes, properties, authenticate):
+        """Return the decoder."""
+        if properties or authenticate:
+            raise ValueError("properties, authenticate: only with version 5")
+        return Decoder(_RECEIVE_BYTES, limit_bytes)
+
+    def _make_store(self, *arguments):
+        return Store(*arguments)
+
+    def _connect_packet(self, clean):
+        broker = self._broker
+        return encode_connect(
+            self.client_id, clean, broker["keep_alive_s"], broker["username"], broker["password"], self._will
+        )
+
+    async def _answer(self):
+        """Return the type of the packet that answers CONNECT."""
+        while True:
+            kind = self._decoder.next()
+            if kind:
+                return kind
+            await self._receive(self._stream)
+
+    def _on_connack(self, clean):
+        decoder = self._decoder
+        if decoder.return_code:
+            raise ConnectRefused(decoder.return_code)
+        if clean and decoder.session_present:  # [MQTT-3.2.2-1]; it would take new identifiers for old ones
+            raise ProtocolError("session present after a clean CONNECT")
+
+    def _encode_request(self, request, topic_filter):
+        """Return the SUBSCRIBE or UNSUBSCRIBE."""
+        if request.options is None:
+            return encode_unsubscribe(request.packet_id, topic_filter)
+        return encode_subscribe(request.packet_id, topic_filter, request.options)
+
+    def _undelivered(self, packet_id, result):
+        """Return the error for a message that has not reached the broker."""
+        return MessageDropped("message %d" % packet_id)
+
+    def _refused(self, topic_filter, code):
+        """Return the error for a subscription that the broker has not granted."""
+        return SubscribeRefused(topic_filter)
 
     # -- life
 
@@ -458,8 +522,8 @@ class Client:
             waiter = self._waiters[packet_id] = _Waiter()
             self.store.finished = self._on_finished
         await waiter.event.wait()
-        if not waiter.result:
-            raise MessageDropped("message %d" % packet_id)
+        if waiter.result is not True:
+            raise self._undelivered(packet_id, waiter.result)
 
     async def drain(self, timeout_s=None):
         """Wait until the broker has every message stored here; return False if that took longer than timeout_s.
@@ -512,13 +576,17 @@ class Client:
         text = utf8(check_filter(topic_filter))
         if qos not in (0, 1, 2):
             raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
-        self._wanted[text] = qos
-        granted = self.store.granted(text, qos)
+        return await self._subscribe(text, qos)
+
+    async def _subscribe(self, text, options):
+        """options: the QoS; in MQTT 5 the subscription options."""
+        self._wanted[text] = options
+        granted = self.store.granted(text, options)
         if granted is None:
-            granted = await self._request(text, qos)
+            granted = await self._request(text, options)
             if granted > 2:
                 self._wanted.pop(text, None)
-                raise SubscribeRefused(text)
+                raise self._refused(text, granted)
         return granted
 
     async def unsubscribe(self, topic_filter):
@@ -636,11 +704,10 @@ class Client:
 
     # -- connection
 
-    def _connect_packet(self, clean):
-        broker = self._broker
-        return encode_connect(
-            self.client_id, clean, broker["keep_alive_s"], broker["username"], broker["password"], self._will
-        )
+    def _keep_alive(self, keep_alive_s):
+        self._keep_alive_ms = keep_alive_s * 1000
+        # A PINGREQ is due after 3/4 of the keep-alive, and a pulse later it has gone out.
+        self._pulse_ms = min(_PULSE_MS, self._keep_alive_ms // 8 or _PULSE_MS)
 
     async def _run(self):
         while not self._leaving:
@@ -650,8 +717,6 @@ class Client:
                 await self._connection()
             except Exception as e:
                 self._failed(e)
-                if isinstance(e, ConnectRefused) and e.return_code != 3:
-                    self._attempt = 16  # only a person can mend that: at once to the longest pause
             if self._leaving:
                 return
             self._down.clear()
@@ -678,6 +743,8 @@ class Client:
             self.log.add(level, "connection lost" if self.connected else "no connection", error, fault)
         if not self._leaving:
             self.last_error = error
+        if getattr(error, "lasting", False):
+            self._attempt = 16  # only a person can mend that: at once to the longest pause
 
     def _journal_failed(self, error):
         """The flash failed in a program's call: the connection ends, so that the journal can be mounted anew."""
@@ -828,24 +895,16 @@ class Client:
 
     async def _handshake(self, clean):
         """CONNECT and its CONNACK (MQTT 3.1.1 sections 3.1, 3.2), where TLS is on inside its handshake."""
-        self._stream = stream = dial(self._addresses.next(), self._tls)
-        decoder = self._decoder
-        decoder.reset()
+        self._stream = dial(self._addresses.next(), self._tls)
+        self._decoder.reset()
         try:
             await self._put(self._connect_packet(clean))
-            while True:
-                kind = decoder.next()
-                if kind:
-                    break
-                await self._receive(stream)
+            kind = await self._answer()
         except (OSError, ValueError) as e:
             raise e if self._tls is None else self._tls.explained(e)
         if kind != CONNACK:
             raise ProtocolError("packet type %d before CONNACK" % kind)
-        if decoder.return_code:
-            raise ConnectRefused(decoder.return_code)
-        if clean and decoder.session_present:  # [MQTT-3.2.2-1]; it would take new identifiers for old ones
-            raise ProtocolError("session present after a clean CONNECT")
+        self._on_connack(clean)
         self._addresses.good()
 
     async def _receive(self, stream):
@@ -870,6 +929,7 @@ class Client:
         stream = self._stream
         decoder = self._decoder
         store = self.store
+        on_ack = self._on_other or store.on_ack
         while True:
             kind = decoder.next()
             if not kind:
@@ -889,7 +949,7 @@ class Client:
             elif kind == CONNACK:
                 raise ProtocolError("a second CONNACK")
             elif not self._files or not self._files.on_ack(kind, decoder.packet_id):
-                store.on_ack(kind, decoder.packet_id)
+                on_ack(kind, decoder.packet_id)
 
     async def _room(self):
         """Return when the writer has sent something."""
@@ -924,7 +984,7 @@ class Client:
         if handler is None:
             return False
         try:
-            message = Message(decoder, self._epoch)
+            message = self._Message(decoder, self._epoch)
         except MemoryError:
             self.store.session.busy.discard(decoder.packet_id)  # it has to come again
             raise
@@ -952,7 +1012,7 @@ class Client:
     async def _enqueue(self):
         """Have the message that the decoder has wait for its turn."""
         decoder = self._decoder
-        qos = decoder.qos
+        qos = decoder.flags >> 1 & 3
         packet_id = decoder.packet_id
         sink = self._files and self._files.sink()
         if decoder.payload is None and not sink:
@@ -963,7 +1023,7 @@ class Client:
         taken = False
         try:
             if await self._has_room(qos, sink):
-                message = Message(decoder, self._epoch)
+                message = self._Message(decoder, self._epoch)
                 if sink:
                     await sink.receive(message)
                 self._inbox.append(message)
@@ -1039,7 +1099,7 @@ class Client:
                 continue
             if self._leaving:
                 if not store.rest and not store.answers and not outbox:
-                    await self._put(DISCONNECT_BYTES)
+                    await self._put(self._goodbye)
                     self._said.set()
                     return
             elif not off and not large:
@@ -1126,14 +1186,14 @@ class Client:
 
     # -- SUBSCRIBE and UNSUBSCRIBE: sent when connected, and again after every reconnection until answered
 
-    async def _request(self, topic_filter, qos):
-        """Ask the broker; return the code of its SUBACK, None for an UNSUBACK.  qos: None to unsubscribe."""
+    async def _request(self, topic_filter, options):
+        """Ask the broker; return the code of its SUBACK, None for an UNSUBACK.  options: None to unsubscribe."""
         request = None
         for known in self._requests:
             if known.filter == topic_filter:
                 request = known
-        if request is None or request.qos != qos:  # else the last thing asked is this already
-            request = _Request(topic_filter, qos)
+        if request is None or request.options != options:  # else the last thing asked is this already
+            request = _Request(topic_filter, options)
             self._requests.append(request)
             if self.connected:
                 self._submit(request)
@@ -1144,12 +1204,7 @@ class Client:
         packet_id = request.packet_id = self.store.session.request_id()
         if not packet_id:
             return  # when an answer has come
-        topic_filter = request.filter.encode()
-        if request.qos is None:
-            data = encode_unsubscribe(packet_id, topic_filter)
-        else:
-            data = encode_subscribe(packet_id, topic_filter, request.qos)
-        self._outbox.append(data)
+        self._outbox.append(self._encode_request(request, request.filter.encode()))
         self._wake.set()
 
     def _renew_requests(self):
@@ -1158,9 +1213,9 @@ class Client:
         if self._files:
             self._files.connected()
         asked = [request.filter for request in self._requests]
-        for topic_filter, qos in self._wanted.items():
-            if topic_filter not in asked and self.store.granted(topic_filter, qos) is None:
-                self._requests.append(_Request(topic_filter, qos))
+        for topic_filter, options in self._wanted.items():
+            if topic_filter not in asked and self.store.granted(topic_filter, options) is None:
+                self._requests.append(_Request(topic_filter, options))
         for request in self._requests:
             request.packet_id = 0
         for request in self._requests:
@@ -1175,18 +1230,18 @@ class Client:
         else:
             self.store.session.unknown += 1
             return
-        if (kind == UNSUBACK) != (request.qos is None):
+        if (kind == UNSUBACK) != (request.options is None):
             raise ProtocolError("packet type %d for request %d" % (kind, packet_id))
         if kind == SUBACK:
             if len(self._decoder.payload) != 1:  # [MQTT-3.8.4-5]
                 raise ProtocolError("SUBACK with %d return codes" % len(self._decoder.payload))
             request.result = self._decoder.payload[0]
             if request.result > 2:
-                self.last_error = SubscribeRefused(request.filter)
+                self.last_error = self._refused(request.filter, request.result)
                 self.log.add(ERROR, "subscription", self.last_error)
-            elif self._wanted.get(request.filter) == request.qos:
+            elif self._wanted.get(request.filter) == request.options:
                 try:
-                    self.store.subscribed(request.filter, request.qos, request.result)
+                    self.store.subscribed(request.filter, request.options, request.result)
                 except JournalFull:
                     pass  # only asked for again on the next connection
         self._requests.remove(request)
@@ -1388,10 +1443,10 @@ class _Waiter:
 
 
 class _Request(_Waiter):
-    def __init__(self, topic_filter, qos):
+    def __init__(self, topic_filter, options):
         super().__init__()
         self.filter = topic_filter
-        self.qos = qos
+        self.options = options
         self.packet_id = 0
 
 

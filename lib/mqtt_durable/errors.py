@@ -22,11 +22,13 @@ class ConnectRefused(MQTTError):
     """CONNACK carried a return code other than 0 (MQTT 3.1.1 section 3.2.2.3).
 
     .return_code: 1-5, or what the broker sent.  After 3 the connection is tried again after the usual growing pause;
-    after the others, which only a person can mend, after the longest at once, for ever, for that may have happened.
+    after the others, which only a person can mend (.lasting), after the longest at once, for ever, for that may have
+    happened.
     """
 
     def __init__(self, return_code):
         self.return_code = return_code
+        self.lasting = return_code != 3
         super().__init__(
             "broker refused the connection: "
             + {
