@@ -657,17 +657,16 @@ class Store(Recall):
 
     def on_ack(self, packet, packet_id):
         """A PUBACK, PUBREC, PUBREL or PUBCOMP came.  Raises ProtocolError, JournalFull, OSError."""
-        session = self.session
-        out = session.out
-        upto = self._upto
+        # In a frame of 11 words: MicroPython takes a larger one from the heap.
+        out = self.session.out
         where = out.get(packet_id, 0)
         if (
             packet == PUBACK
-            and packet_id == upto % _IDS + 1
+            and packet_id == self._upto % _IDS + 1
             and where & 3 == PUB1
             and where > 3
             and not self._used
-            and (upto - self._said) % _IDS < _LAZY
+            and (self._upto - self._said) % _IDS < _LAZY
         ):
             # The usual case, all in one piece: the oldest message, at QoS 1.
             del out[packet_id]
@@ -679,9 +678,9 @@ class Store(Recall):
                 self.finished(packet_id, True)
             return
         self._ready()
-        action = session.acknowledged(packet, packet_id)
-        if action:
-            self._act(action, packet_id)
+        where = self.session.acknowledged(packet, packet_id)
+        if where:
+            self._act(where, packet_id)
 
     def on_publish(self, qos, packet_id):
         """A QoS 1 or 2 PUBLISH came: return whether to deliver it.  Raises ProtocolError."""
