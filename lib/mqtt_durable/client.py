@@ -384,11 +384,15 @@ class Client:
                     return self._publish_0_later(topic, payload, retain)
             else:
                 raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
-            if self._burst < _BURST:
-                return _Done(packet_id)
-            return self._give_way(packet_id)
+            if self._burst >= _BURST:
+                return self._give_way(packet_id)
+            done = _Done()
+            if packet_id:
+                done._result = packet_id
         except Exception as e:
-            return _Failed(e)
+            done = _Failed()
+            done._result = e
+        return done
 
     async def _give_way(self, packet_id):
         self._burst = 0
@@ -1354,10 +1358,9 @@ class Client:
 
 
 class _Done:
-    """A coroutine that has nothing to wait for."""
+    """A coroutine that has nothing to wait for.  Without __init__(), which would take longer than the rest."""
 
-    def __init__(self, result):
-        self._result = result
+    _result = None
 
     def __iter__(self):
         return self
