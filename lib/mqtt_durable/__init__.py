@@ -13,6 +13,8 @@ _WHERE = {
     "MQTTClient": "simple",
     "Journal": "journal",
     "Store": "store",
+    "MessageRefused": "reasons",
+    "Disconnected": "reasons",
 }
 
 

@@ -233,7 +233,7 @@ class Client:
         self._files = None  # a files.Files, once the program wants one
         self._wanted = {}  # topic filter -> QoS, of every subscription the program has asked for
         self._requests = []
-        self._waiters = {}  # packet identifier -> _Waiter
+        self._waiters = {}  # packet identifier -> Waiter
         self.messages = _Messages(self)
         self._Message = Message
         self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
@@ -264,6 +264,9 @@ class Client:
         return encode_connect(
             self.client_id, clean, broker["keep_alive_s"], broker["username"], broker["password"], self._will
         )
+
+    def _store_with(self, properties, *message):
+        raise ValueError("properties: only with version 5")
 
     async def _answer(self):
         """Return the type of the packet that answers CONNECT."""
@@ -352,14 +355,14 @@ class Client:
 
     # -- the program's calls
 
-    def publish(self, topic, payload, qos=1, retain=False, mark=None):
+    def publish(self, topic, payload, qos=1, retain=False, mark=None, properties=None):
         """Publish a message; at QoS 1 or 2 it survives power loss from the moment this returns.
 
         With journal.durability "grace" a QoS 1 message without a mark that is sent at once survives power loss only
         when the broker has it, or after journal.grace_ms.
         topic: str or bytes.  payload: str or bytes-like.  mark: an integer of 64 bits stored with the message, see
         .mark.  Returns the packet identifier, to be given to acknowledged(); None at QoS 0, which is sent at most
-        once, never stored, and discarded while there is no connection.
+        once, never stored, and discarded while there is no connection.  properties: of MQTT 5.
         Raises ValueError for a bad argument or a message too large for the journal; JournalFull as configured.
         OSError: the flash failed, and only .mark tells whether the message was stored before it did; the journal is
         mounted anew, with JournalUnavailable for messages until then.
@@ -367,14 +370,11 @@ class Client:
         # No coroutine where nothing has to be waited for: it is the largest thing that a message takes from the heap.
         try:
             if type(payload) is not bytes:
-                if isinstance(payload, str):
-                    payload = payload.encode()
-                elif not isinstance(payload, (bytes, bytearray, memoryview)):
-                    raise ValueError("payload: expected text or bytes")
+                payload = as_bytes(payload)
             if qos == 1 or qos == 2:
-                packet_id = self._publish(topic, payload, qos, retain, mark)
+                packet_id = self._publish(topic, payload, qos, retain, mark, properties)
                 if not packet_id:
-                    return self._publish_later(topic, payload, qos, retain, mark)
+                    return self._publish_later(topic, payload, qos, retain, mark, properties)
             elif qos == 0:
                 if mark is not None:
                     raise ValueError("mark: needs QoS 1 or 2")
@@ -390,8 +390,7 @@ class Client:
             if packet_id:
                 done._result = packet_id
         except Exception as e:
-            done = _Failed()
-            done._result = e
+            return failed(e)
         return done
 
     async def _give_way(self, packet_id):
@@ -399,11 +398,11 @@ class Client:
         await asyncio.sleep_ms(0)  # a program that only publishes must not keep the others from their turn
         return packet_id
 
-    async def _publish_later(self, topic, payload, qos, retain, mark):
+    async def _publish_later(self, *message):
         packet_id = 0
         while not packet_id:
             await self._progressed()
-            packet_id = self._publish(topic, payload, qos, retain, mark)
+            packet_id = self._publish(*message)
         return packet_id
 
     async def _publish_0_later(self, topic, payload, retain):
@@ -417,13 +416,16 @@ class Client:
             self.discarded += 1
         await self._give_way(None)
 
-    def _publish(self, topic, payload, qos, retain, mark):
+    def _publish(self, topic, payload, qos, retain, mark, properties):
         """Store a message, send it if that can be done at once; return its packet identifier, 0: there is no room."""
         store = self.store
         if self._stream is None and not store.journal.usable:
             self._remount()
         try:
-            packet_id = store.publish(topic, payload, qos, retain, mark)
+            if properties is None:
+                packet_id = store.publish(topic, payload, qos, retain, mark)
+            else:
+                packet_id = self._store_with(properties, topic, payload, qos, retain, mark)
         except JournalFull as e:
             self.log.add(INFO if self._waits else WARNING, "publish", e)
             if self._waits:
@@ -523,7 +525,7 @@ class Client:
             return
         waiter = self._waiters.get(packet_id)
         if waiter is None:
-            waiter = self._waiters[packet_id] = _Waiter()
+            waiter = self._waiters[packet_id] = Waiter()
             self.store.finished = self._on_finished
         await waiter.event.wait()
         if waiter.result is not True:
@@ -1380,6 +1382,22 @@ class _Done:
         pass
 
 
+def failed(error):
+    """Return a coroutine that raises error."""
+    done = _Failed()
+    done._result = error
+    return done
+
+
+def as_bytes(payload):
+    """Return payload, text as UTF-8.  Raises ValueError for what is neither text nor bytes-like."""
+    if isinstance(payload, str):
+        return payload.encode()
+    if isinstance(payload, (bytes, bytearray, memoryview)):
+        return payload
+    raise ValueError("payload: expected text or bytes")
+
+
 class _Failed(_Done):
     """One that raises."""
 
@@ -1439,13 +1457,15 @@ class _Messages:
         self._ready.set()
 
 
-class _Waiter:
+class Waiter:
+    """For who waits for one result.  .event is set when .result is there."""
+
     def __init__(self):
         self.event = asyncio.Event()
         self.result = None
 
 
-class _Request(_Waiter):
+class _Request(Waiter):
     def __init__(self, topic_filter, options):
         super().__init__()
         self.filter = topic_filter

@@ -116,7 +116,11 @@ class Files:
             return False
         if kind != PUBACK or not upload.sent:
             raise ProtocolError("packet type %d for a file" % kind)
-        upload.end(True)
+        code = getattr(self._client._decoder, "reason_code", 0)  # in MQTT 5
+        if code < 0x80:
+            upload.end(True)
+        else:
+            upload.end(False, self._client._undelivered(packet_id, code))
         return True
 
 
@@ -249,9 +253,10 @@ class Upload:
             if self.packet_id and self.begun and client.session_present:
                 first |= 8
             self.begun = self.half = True
-            head = bytearray(len(self._topic) + 9)
-            off = put_publish_head(head, 0, first, self._topic, self.packet_id, left)
-            piece = memoryview(head)[:off]
+            more = 1 if client._version == 5 else 0  # the property length
+            head = bytearray(len(self._topic) + 10)
+            off = put_publish_head(head, 0, first, self._topic, self.packet_id, left + more)
+            piece = memoryview(head)[: off + more]
             while True:
                 self.sent = not left  # before it is known: the PUBACK may be quicker
                 await client._put(piece)

@@ -318,6 +318,7 @@ class Decoder5(packet.Decoder):
     def _parse(self, kind, i, stop):
         """Parse what is no PUBLISH."""
         buf = self._buf
+        self.packet_id = -1  # where there is none
         codes = kind == _SUBACK or kind == _UNSUBACK
         if kind == _CONNACK:
             if stop - i == 2 and buf[i + 1] == 1:

@@ -4,8 +4,8 @@
     flash/*            <- journal <- store        errors: imported by all, imports nothing
                      log, reasons <- client       import nothing either
 
-ring is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.  packet5 is packet
-and properties together, for MQTT 5.
+ring is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.  For MQTT 5
+packet5 is packet and properties together, store5 a store, client5 a client.
 What a module may import is read off the directory as it is: a new module needs no entry here unless it is one of the
 picture's own.
 """
