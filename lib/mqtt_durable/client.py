@@ -103,10 +103,10 @@ class Client:
     """An MQTT client whose QoS 1 and 2 messages survive power loss.
 
     config: a dict as config.load() returns; with config["broker"]["version"] 5 this makes a client5.Client5, which
-    speaks MQTT 5 and has more than is said here, else MQTT 3.1.1 is spoken.  device: a block device for the journal in place of
-    config["journal"]["home"].  prog_size: its program size in bytes.  link: what brings the network up before each
-    connection, `await link.up()`; OSError there counts as a failed attempt.  If it has link.address(), the connection
-    ends when what that returns changes.  will: (topic, payload, qos, retain).
+    speaks MQTT 5 and has more than is said here, else MQTT 3.1.1 is spoken. device: a block device for the journal
+    in place of config["journal"]["home"]. prog_size: its program size in bytes. link: what brings the network up
+    before each connection, `await link.up()`; OSError there counts as a failed attempt. If it has link.address(),
+    the connection ends when what that returns changes. will: (topic, payload, qos, retain).
     backoff_ms: first and longest pause between attempts; each pause is drawn from its upper half.
     answer_ms: the broker must answer CONNECT and PINGREQ within this.
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
