@@ -938,6 +938,15 @@ def test_a_rotted_message_is_lost_alone_and_counted():
                 assert _drain(store) == [b"after"]
 
 
+def test_a_rotted_message_that_comes_first_does_not_hold_up_those_behind_it():
+    nor, store = _begin()
+    for n in range(2):
+        store.publish("t%d" % n, b"payload-%d" % n, 1)  # with a topic of its own
+    _rot(nor, b"payload-0")
+    buf = memoryview(bytearray(64))
+    assert bytes(buf[: store.fill(buf, 0)]).endswith(b"payload-1")  # in one call: 0 means that there is nothing
+
+
 def test_a_rotted_message_in_flight_is_lost_alone_when_its_sector_is_given_up():
     nor, store = _begin(sectors=4, in_flight=4)
     for n in range(3):

@@ -400,7 +400,7 @@ class Store(Recall):
                 off = put_ack(buf, off, PUBREL, packet_id)
             else:
                 after = self._put_publish(buf, off, packet_id, where >> 2)
-                if not after:
+                if after < 0:
                     break
                 off = after
             self.resent += self._again
@@ -418,7 +418,7 @@ class Store(Recall):
         return self.rest or self.answers or self._held_back
 
     def _put_publish(self, buf, off, packet_id, pos):
-        """Write a PUBLISH, or its beginning; return the next offset, 0 if it has to wait for a buffer of its own."""
+        """Write a PUBLISH, or its beginning; return the next offset, -1 if it has to wait for a buffer of its own."""
         journal = self.journal
         if pos:
             n = journal.load(pos) - 8
@@ -447,7 +447,7 @@ class Store(Recall):
         head = len(topic) + 9  # at most
         room = len(buf) - off
         if head + n > room and off:
-            return 0
+            return -1
         if self._dup:
             first |= 8
         self.rest = n
