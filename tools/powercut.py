@@ -507,7 +507,7 @@ def facts(store):
         if pos < 0:
             break
         packet_id = journal.buf[4] | journal.buf[5] << 8
-        if journal.buf[0] & 0xF0 == 0x10 and store._is_queued(packet_id):
+        if journal.buf[0] & 0xB0 == 0x10 and store._is_queued(packet_id):
             messages.append((packet_id, journal.buf[0] >> 1 & 3))
             queued += 1
         pos = journal.behind(pos)

@@ -12,7 +12,7 @@ from micropython import const
 from .errors import JournalCorrupt
 from .session import REL, Session
 
-# Kinds of records.  The two low nibbles are the record's own.
+# Kinds of records.  A PUB's low nibble is its own, and 0x40 tells that MQTT 5 properties are in front of the payload.
 _PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: identifier, reference, mark, perhaps topic, payload
 _FACTS = const(0x30)  # entries
 _SESSION = const(0x33)  # identity u32, received u16: a new session at the broker begins
@@ -153,7 +153,7 @@ class Recall:
                 break
             self._cursor = journal.behind(pos)
             buf = journal.buf
-            if buf[0] & 0xF0 == _PUB:
+            if buf[0] & 0xB0 == _PUB:
                 packet_id = buf[4] | buf[5] << 8
                 if self._is_queued(packet_id):
                     if not self._mounting:
@@ -189,7 +189,7 @@ class Recall:
         """The topic name in the PUB record at pos, None if it does not read back or has none."""
         journal = self.journal
         buf = journal.buf
-        if not journal.load(pos) or buf[0] & 0xF0 != _PUB or buf[6] > _UNSAID or buf[7]:
+        if not journal.load(pos) or buf[0] & 0xB0 != _PUB or buf[6] > _UNSAID or buf[7]:
             return None
         at = 8 + (buf[0] & 8)
         topic = bytearray(buf[at] | buf[at + 1] << 8)
@@ -244,7 +244,7 @@ class Recall:
                     break
                 behind = journal.behind(pos)
                 buf = journal.buf
-                if buf[0] & 0xF0 == _PUB and pos not in found and self._is_queued(buf[4] | buf[5] << 8):
+                if buf[0] & 0xB0 == _PUB and pos not in found and self._is_queued(buf[4] | buf[5] << 8):
                     found.append(pos)
                 pos = behind
         return found
@@ -321,7 +321,7 @@ class Recall:
     def moved(self, kind, body):
         if kind == _SUBS:
             self._forget_subscriptions()
-        if kind & 0xF0 != _PUB:
+        if kind & 0xB0 != _PUB:
             return body
         packet_id = body[0] | body[1] << 8
         session = self.session

@@ -25,6 +25,8 @@ def mount(store):
     # These two of the owner's calls only mounting makes.
     store.restore = lambda state: _restore(store, state)
     store.replay = lambda kind, pos: _replay(store, kind, pos)
+    if hasattr(store, "replay_more"):  # store5 has more in its journal
+        store.replay_more()
     try:
         store.journal.mount(store)
     finally:
@@ -68,7 +70,7 @@ def _restore(store, state):
 
 def _replay(store, kind, pos):
     """Take up one record."""
-    if kind & 0xF0 == _PUB:
+    if kind & 0xB0 == _PUB:
         buf = store.journal.buf
         session = store.session
         out = session.out

@@ -158,6 +158,7 @@ class Store(Recall):
         """Record a QoS 1 or 2 message; when this returns it survives power loss.  Return its packet identifier.
 
         topic_name: str or bytes.  payload: bytes-like.  mark: None or an integer of 64 bits, signed.
+        (qos | 0x20: store5 has put properties in front of the payload.)
         Raises ValueError for a bad argument or a message that no sector can hold, JournalFull, OSError.
         """
         session = self.session
@@ -207,7 +208,7 @@ class Store(Recall):
             where = 1
         else:
             pos = self._record(packet_id, key, topic, payload, qos, retain, mark)
-            where = pos << 2 | qos
+            where = pos << 2 | qos & 3
             if not at_once and self._taken == newest:
                 self._cursor = pos
             self.stored += 1
@@ -438,6 +439,8 @@ class Store(Recall):
                 return off
             topic = self._sent_topic
             begin = self._payload_at()
+            if journal.buf[0] & 0x40:
+                begin += self._properties_size(pos, begin)
             n -= begin
             first = journal.buf[0] & 7 | 0x30
         else:
@@ -464,6 +467,13 @@ class Store(Recall):
                 buf[off : off + n] = journal.buf[begin + 4 : begin + 4 + n]
                 return off + n
         return self._more(buf, off)
+
+    def _properties_size(self, pos, begin):
+        """Bytes of the properties at begin of a body, which version 5 has recorded: they are not sent here."""
+        size = bytearray(2)
+        self.journal.read(pos, 4 + begin, size)
+        n = size[0] | size[1] << 8
+        return 2 + (n >> 1) + (n & 1) * 8
 
     def _more(self, buf, off):
         n = len(self._lead)

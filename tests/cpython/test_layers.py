@@ -31,6 +31,7 @@ PICTURE = {
     "recall": {"errors", "packet", "properties", "session"},
     "replay": {"errors", "session", "recall"},
     "store": {"errors", "packet", "properties", "session", "recall", "replay", "journal", "once"},
+    "store5": {"errors", "packet", "packet5", "properties", "session", "recall", "store"},
     "flash": {"errors", "flash", "once"},
     "once": set(),
 }
