@@ -123,6 +123,7 @@ class Client:
     _on_other = None  # takes what is neither PUBLISH nor an answer to a request, in place of store.on_ack()
 
     _made = False
+    _Message = Message
 
     def __new__(cls, config, *arguments, **more):
         if cls is not Client or config["broker"].get("version") != 5:
@@ -235,7 +236,7 @@ class Client:
         self._requests = []
         self._waiters = {}  # packet identifier -> Waiter
         self.messages = _Messages(self)
-        self._Message = Message
+        self._Message = self._Message
         self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
         self.protocol_errors = self.passed_over = 0
         # What each message goes through is bound once.  That saves the search for a method, and with 74 attributes or

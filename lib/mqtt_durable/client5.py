@@ -25,7 +25,8 @@ _ALIASES = const(16)  # topic aliases the broker may use
 _WEEK_S = const(604800)
 _RETRY_MS = const(5000)
 _LONGEST_RETRY_MS = const(300000)
-_HEAD = const(8)  # of a PUBLISH at QoS 0, not counting its topic name
+_HEAD = const(11)  # of a PUBLISH at QoS 0 with a topic alias, at most, not counting its topic name
+_LARGEST = const(268435460)  # bytes of a packet
 _YEAR = const(2024)  # a clock that says less is not set
 _SINCE_1970 = const(946684800)  # where the clock counts from 2000
 _OURS = (
@@ -64,6 +65,8 @@ class Client5(Client):
     """
 
     _version = 5
+    _Message = Message5
+    _files = _stream = None  # while _set_up() is not followed by the rest
 
     def _set_up(self, config, limit_bytes, properties, authenticate):
         properties = dict(properties or ())
@@ -77,7 +80,6 @@ class Client5(Client):
         self._expiry_s = config["session"].get("expiry_s", _WEEK_S)
         self._named = self.client_id  # what the configuration says
         self._limit = limit_bytes
-        self._Message = Message5
         self.connack = {}
         self._came = set()  # packet identifiers of what the broker has sent on this connection
         self._identifiers = {}  # topic filter -> subscription identifier
@@ -109,7 +111,7 @@ class Client5(Client):
         if not self._files:  # a payload that goes into a file may be larger
             properties["maximum_packet_size"] = self._limit
         properties["topic_alias_maximum"] = _ALIASES
-        if self._authenticate and "authentication_data" not in properties:
+        if self._authenticate and self._stream is not None and "authentication_data" not in properties:
             data = self._authenticate(None)
             if data is not None:
                 properties["authentication_data"] = data
@@ -201,12 +203,26 @@ class Client5(Client):
             payload = as_bytes(payload)
             if self.connected:
                 self._check_taken(qos, retain)
-            if qos == 0 and mark is None:  # on the wire they stand together, and there is no store between
-                payload = encode(properties, PUBLISH) + payload
-                properties = None
-                most = self.connack.get("maximum_packet_size")
-                if most and len(payload) + len(check_topic(topic)) + _HEAD > most and self.connected:
+            if qos == 0 and mark is None:
+                name = check_topic(topic)
+                most = self.connack.get("maximum_packet_size", _LARGEST)
+                block = encode(properties, PUBLISH)
+                n = len(block) + len(payload) + len(name) + _HEAD
+                if n > most and self.connected:
                     raise ValueError("the broker takes packets of %d bytes at most" % most)  # [MQTT-3.2.2-15]
+                alias = 0
+                if n <= min(most, len(self._send)) and self._quick and not self._outbox:
+                    # It goes out now, so the broker knows the alias when another message has it.
+                    alias, name = self.store.alias(name)
+                if alias:
+                    data = packet5.encode_publish(name, payload, retain, properties, alias)
+                    self._send[: len(data)] = data
+                    self._burst += len(data)
+                    self._write_now(len(data))
+                    return self._give_way(None)
+                # On the wire they stand together, and there is no store between.
+                payload = block + payload
+                properties = None
         except Exception as e:
             return failed(e)
         return super().publish(topic, payload, qos, retain, mark, properties)

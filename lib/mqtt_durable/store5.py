@@ -390,6 +390,11 @@ class Store5(Store):
 
     # -- refusals
 
+    @property
+    def later(self):
+        """How many messages wait for retry()."""
+        return len(self._later) - len(self._due)
+
     def retry(self):
         """Have the messages that the broker had no quota for sent anew, in their order, before anything new."""
         self._due = [packet_id for packet_id in reversed(self.session.order()) if packet_id in self._later]
