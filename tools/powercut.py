@@ -668,8 +668,8 @@ class Device:
             number = number_of(decoder.payload)
             if bytes(decoder.payload) != self.workload.payload(number):
                 raise Failure("message %d to the device came garbled" % number)
-            if store.on_publish(decoder.qos, packet_id):
-                self.todo.append((decoder.qos, packet_id, store.session.epoch, number))
+            if store.on_publish(decoder.flags >> 1 & 3, packet_id):
+                self.todo.append((decoder.flags >> 1 & 3, packet_id, store.session.epoch, number))
         elif kind == SUBACK:
             store.session.requests.discard(packet_id)
             store.subscribed(FILTER, 2, decoder.payload[0])

@@ -268,17 +268,13 @@ class Decoder:
         self.left = 0
         self.missing = 2
         self.type = 0  # packet type, 2-13
-        self.flags = 0  # low nibble of the first byte
+        self.flags = 0  # low nibble of the first byte; no property beside it: one slows every attribute down
         self.packet_id = 0
         self.topic = ""
         self._name = b""  # its bytes
         self.payload = None  # memoryview into the buffer (PUBLISH; SUBACK: the return codes)
         self.session_present = False
         self.return_code = 0
-
-    @property
-    def qos(self):
-        return self.flags >> 1 & 3
 
     def space(self):
         """The free part of the buffer, at least one byte, to be read into."""

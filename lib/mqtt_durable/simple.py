@@ -610,12 +610,12 @@ class MQTTClient:
         decoder = self._decoder
         store = self.store
         if kind == PUBLISH:
-            if decoder.flags & 6 and not self._takes(decoder.qos, decoder.packet_id):
+            if decoder.flags & 6 and not self._takes(decoder.flags >> 1 & 3, decoder.packet_id):
                 return 0
             if decoder.payload is None:
                 self.too_large += 1
-                if decoder.qos:  # or it would come back for ever
-                    store.handled(decoder.qos, decoder.packet_id, store.session.epoch)
+                if decoder.flags & 6:  # or it would come back for ever
+                    store.handled(decoder.flags >> 1 & 3, decoder.packet_id, store.session.epoch)
                 return 0
         elif kind == SUBACK or kind == UNSUBACK:
             self._on_granted(kind)
@@ -650,7 +650,7 @@ class MQTTClient:
         """Hand a message to the callback; acknowledge it when that has returned."""
         decoder = self._decoder
         store = self.store
-        qos = decoder.qos
+        qos = decoder.flags >> 1 & 3
         packet_id = decoder.packet_id
         era = self._era
         done = False
