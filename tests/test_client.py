@@ -640,6 +640,48 @@ def test_message_tells_topic_payload_qos_retain_dup_token():
     play(scenario)
 
 
+def test_publish_is_a_coroutine_to_who_awaits_it_runs_it_as_a_task_or_gives_it_a_time():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        for qos, ids in ((1, (1, 2, 3)), (0, (None, None, None))):
+            assert await client.publish("t", "a", qos) == ids[0]
+            assert await asyncio.create_task(client.publish("t", "b", qos)) == ids[1]
+            assert await asyncio.wait_for_ms(client.publish("t", "c", qos), 20000) == ids[2]
+        for bad in (("#", "a"), ("t", 5), ("t", "a", 3), ("t", "a", 0, False, 1)):
+            await raised(client.publish(*bad), ValueError)
+            await raised(asyncio.create_task(client.publish(*bad)), ValueError)
+        assert await client.drain(20)
+        await until(lambda: len(rig.broker.delivered) == 6)
+
+    play(scenario)
+
+
+def test_plain_handler_waits_for_the_coroutine_before_it():
+    async def scenario(rig):
+        client = rig.client
+        go = asyncio.Event()
+        got = []
+
+        async def slow(message):
+            await go.wait()
+            got.append(message.payload)
+
+        client.on("slow", lambda message: slow(message))
+        client.on("plain", lambda message: got.append(message.payload))
+        await rig.up()
+        for n, topic in enumerate(("plain", "slow", "plain", "slow", "plain")):
+            await rig.broker.publish(topic, b"%d" % n, 1, n + 1)
+        await until(lambda: got == [b"0"] and len(client._inbox) == 3)
+        assert len(rig.broker.named("PUBACK")) == 1
+        go.set()
+        await until(lambda: len(got) == 5)
+        assert got == [b"0", b"1", b"2", b"3", b"4"] and client.received == 5
+        await rig.broker.expect("PUBACK 5")
+
+    play(scenario)
+
+
 def test_first_handler_that_matches_is_called_and_the_same_filter_replaces_it():
     async def scenario(rig):
         got = []
