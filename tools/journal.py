@@ -32,9 +32,13 @@ AHEAD = 1024  # an identifier is newer than another if it is at most this much a
 NOWHERE = 0xFFFFFFFF
 ENDURANCE = 100000  # erases that a sector of NOR flash is good for
 
-PUB, FACTS, SESSION, SUBS = 0x10, 0x30, 0x33, 0x34
+PUB, FACTS, SESSION, SUBS, ASSIGNED = 0x10, 0x30, 0x33, 0x34, 0x35
+EITHER, PROPERTIES = 0xB0, 0x40  # of a kind: what is PUB in both kinds of PUB; set in that of MQTT 5
 TAIL, SNAP, CLOSE, OPEN = 0x60, 0x61, 0xF0, 0xF1
 NAMES = {FACTS: "FACTS", SESSION: "SESSION", SUBS: "SUBS", TAIL: "TAIL", SNAP: "SNAP", CLOSE: "CLOSE", OPEN: "OPEN"}
+NAMES[ASSIGNED] = "ASSIGNED"
+PROPERTY = {1: "payload format", 3: "content type", 8: "response topic", 9: "correlation data", 38: "user property"}
+WALL = 1 << 30  # a time of this or more is since 1970
 ENTRIES = {1: "DONE", 2: "RELEASED", 3: "RECEIVED", 4: "INDONE", 5: "UPTO", 6: "ASKED", 7: "TOLD", 8: "DROPPED"}
 ENTRY_BYTES = {1: 3, 2: 3, 3: 5, 4: 3, 5: 7, 6: 3, 7: 3, 8: 9}
 RELEASED = 3
@@ -102,7 +106,7 @@ class Slice:
         """Take the fields of a PUB out of its body.  packet_id 0, which no message has: the body cannot be."""
         self.packet_id = self.at = 0
         self.distance = 63
-        self.mark = self.topic = None
+        self.mark = self.topic = self.properties = None
         self.payload = self.body
         try:
             packet_id, reference = struct.unpack_from("<HH", self.body)
@@ -114,7 +118,9 @@ class Slice:
                 size = struct.unpack_from("<H", self.body, begin)[0]
                 begin += 2 + size
                 self.topic = self.body[begin - size : begin].decode("utf-8", "replace")
-        except struct.error:
+            if self.kind & PROPERTIES:
+                self.properties, begin = properties(self.body, begin)
+        except (struct.error, IndexError):
             return
         if begin <= len(self.body) and packet_id <= IDS:
             self.packet_id = packet_id
@@ -222,7 +228,7 @@ class Sector:
         if crc != crc32(data[off : off + size], seed):
             return None
         whole = -(-(size + 4) // self.unit) * self.unit
-        name = "PUB" if kind & 0xF0 == PUB else NAMES.get(kind, "0x%02x" % kind)
+        name = "PUB" if kind & EITHER == PUB else NAMES.get(kind, "0x%02x" % kind)
         record = Slice(self, off, whole, name, kind, arg, data[off + 4 : off + size])
         if name == "PUB":
             record.read_pub()
@@ -351,6 +357,7 @@ class Journal:
         self.messages = {}
         self.inbound = set()
         self.subs = None  # the record of all subscriptions
+        self.assigned = ""
         self.base = None
         # In the head the newest snapshot is enough; if it has none that reads back, go on from an older TAIL.
         for sector in reversed(self.members):
@@ -379,13 +386,15 @@ class Journal:
         if kind in (TAIL, SNAP):
             if record is self.base or self.base is None or record.sector is not self.base.sector:
                 self._take_snapshot(record)
-        elif kind & 0xF0 == PUB:
+        elif kind & EITHER == PUB:
             self._take_publish(record)
         elif kind == FACTS:
             for entry, packet_id, more in entries(body):
                 self._take_entry(entry, packet_id, more)
         elif kind == SUBS:
             self.subs = record if subscriptions(body) else None
+        elif kind == ASSIGNED:
+            self.assigned = body.decode()
         elif kind == SESSION:
             self.identity, self.received = struct.unpack_from("<IH", body)
             self.messages = {p: m for p, m in self.messages.items() if m[0] != RELEASED}
@@ -398,6 +407,7 @@ class Journal:
         self.identity = state["identity"]
         self.mark = state["mark"]
         self.asked = state["asked"]
+        self.assigned = state["assigned"]
         self.newest = state["newest"]
         self.received = state["received"]
         self.inbound = set(state["inbound"])
@@ -433,7 +443,7 @@ class Journal:
                 if pub is record:
                     return
                 before = sector is begin and pub.off < cursor & 0xFFF
-                if pub.kind & 0xF0 != PUB or before or not self._counts(pub):
+                if pub.kind & EITHER != PUB or before or not self._counts(pub):
                     continue
                 found = self.messages.get(pub.packet_id)
                 if found and pub.packet_id not in self.window and found[1] is None:
@@ -495,7 +505,7 @@ class Journal:
         """(topic name, Slice of the PUB that has it) of a PUB; (None, None) if it does not read back."""
         if record.at:
             record = record.sector.record_at(record.at)
-        if record is None or record.kind & 0xF0 != PUB or record.topic is None:
+        if record is None or record.kind & EITHER != PUB or record.topic is None:
             return None, None
         return record.topic, record
 
@@ -514,7 +524,7 @@ class Journal:
             if record.kind in (TAIL, SNAP):
                 record.use = "snapshot" if record is self.base else "past"
                 record.fate = "all is known from here" if record is self.base else "over"
-            elif record.name in ("FACTS", "SESSION", "OPEN", "CLOSE"):
+            elif record.name in ("FACTS", "SESSION", "ASSIGNED", "OPEN", "CLOSE"):
                 record.use = "fact"
         self._judge_messages()
         if self.subs:
@@ -537,7 +547,7 @@ class Journal:
             state, pub = self.messages[packet_id]
             if state == RELEASED:
                 continue
-            if pub is None or pub.kind & 0xF0 != PUB or pub.packet_id != packet_id:
+            if pub is None or pub.kind & EITHER != PUB or pub.packet_id != packet_id:
                 self.problems.append("message %d waits, but its record does not read back" % packet_id)
                 continue
             if pub.kind >> 1 & 3 != state:
@@ -628,12 +638,15 @@ class Journal:
                 out.append("topic at 0x%03x, which does not read back" % r.at)
             else:
                 out.append("topic %s%s" % (topic, "" if owner is r else " (at 0x%03x)" % owner.off))
+            out += r.properties or ()
             return ", ".join(out) + ", " + brief(r.payload)
         if r.kind == FACTS:
             return "; ".join([entry_words(*e) for e in entries(body)])
         if r.kind == SUBS:
-            words = ["%s, QoS %d asked, %d granted" % (f, *how) for f, how in subscriptions(body).items()]
+            words = [subscription_words(f, *how) for f, how in subscriptions(body).items()]
             return "; ".join(words) or "none"
+        if r.kind == ASSIGNED:
+            return body.decode()
         if r.kind == SESSION:
             return "identity %08X, received %d" % struct.unpack_from("<IH", body)
         if r.kind in (TAIL, SNAP):
@@ -731,7 +744,16 @@ def snapshot(body):
         at += 6
     inbound = struct.unpack_from("<%dH" % held, body, at)
     at += 2 * held
-    subscribed = struct.unpack_from("<I", body, at)[0] if flags & 4 else None
+    subscribed = times = None
+    assigned = ""
+    if flags & 4:
+        subscribed = struct.unpack_from("<I", body, at)[0]
+        at += 4
+    if flags & 8:
+        times = struct.unpack_from("<II", body, at)
+        at += 8
+    if flags & 16:
+        assigned = struct.unpack_from("%ds" % body[at], body, at + 1)[0].decode()
     return {
         "oldest": oldest,
         "void_seq": void_seq,
@@ -746,7 +768,41 @@ def snapshot(body):
         "window": window,
         "inbound": inbound,
         "subscriptions": subscribed,
+        "times": times,
+        "assigned": assigned,
     }
+
+
+def properties(body, at):
+    """([what each property says], offset behind them) of the properties of a PUB; struct.error if they cannot be."""
+    size = struct.unpack_from("<H", body, at)[0]
+    at += 2
+    out = []
+    if size & 1:
+        stamp, interval = struct.unpack_from("<II", body, at)
+        out.append("expires after %d s, stamp %d%s" % (interval, stamp, "" if stamp >= WALL else " of being powered"))
+        at += 8
+    stop = at + (size >> 1)
+    end = at
+    while end < stop:
+        name = PROPERTY.get(body[end])
+        if name is None:
+            raise struct.error("property %d" % body[end])
+        if body[end] == 1:
+            out.append("%s %d" % (name, body[end + 1]))
+            end += 2
+            continue
+        parts = []
+        pair = body[end] == 38
+        end += 1
+        for _ in range(2 if pair else 1):
+            n = struct.unpack_from(">H", body, end)[0]
+            parts.append(brief(struct.unpack_from("%ds" % n, body, end + 2)[0]))
+            end += 2 + n
+        out.append("%s %s" % (name, " = ".join(parts)))
+    if end != stop:
+        raise struct.error("properties of %d bytes" % (end - at))
+    return out, end
 
 
 def subscriptions(body):
@@ -758,6 +814,13 @@ def subscriptions(body):
         found[struct.unpack_from("%ds" % size, body, at + 3)[0].decode()] = how >> 2, how & 3
         at += 3 + size
     return found
+
+
+def subscription_words(topic_filter, asked, granted):
+    """asked: the QoS and, of MQTT 5, the other subscription options."""
+    options = ((4, ", no local"), (8, ", retain as published"), (16, ", retained ones if new"), (32, ", none retained"))
+    more = "".join([words for bit, words in options if asked & bit])
+    return "%s, QoS %d%s asked, %d granted" % (topic_filter, asked & 3, more, granted)
 
 
 def snapshot_words(body):
@@ -783,6 +846,10 @@ def snapshot_words(body):
         out.append("inbound " + " ".join(map(str, s["inbound"])))
     if s["subscriptions"] is not None:
         out.append("subscriptions at " + position(s["subscriptions"]))
+    if s["times"]:
+        out.append("powered %d s, wall time %s" % (s["times"][0], s["times"][1] if s["times"][1] >= WALL else "-"))
+    if s["assigned"]:
+        out.append("client identifier assigned: " + s["assigned"])
     return "; ".join(out)
 
 
@@ -867,8 +934,10 @@ def summary(journal, per_day=None):
         % (len(inbound), ": " + " ".join(map(str, inbound)) if inbound else "", journal.received)
     )
     subs = journal.subscriptions
+    if journal.assigned:
+        out.append("client identifier    %s, assigned by the broker" % journal.assigned)
     out.append("subscriptions        %s" % (len(subs) or "none"))
-    out += ["                     %s, QoS %d asked, %d granted" % (f, subs[f][0], subs[f][1]) for f in sorted(subs)]
+    out += [" " * 21 + subscription_words(f, *subs[f]) for f in sorted(subs)]
     ended = "closed in order" if journal.closed else "not closed: the next mount takes it for a power cut"
     out.append("last end             " + ended)
     out += ["wear                 " + wear_words(journal, per_day)]
