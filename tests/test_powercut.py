@@ -7,6 +7,7 @@ import powercut
 # MicroPython is slower, so it cuts at fewer of the operations.
 _QUICK = sys.implementation.name != "micropython"
 _SMALL = ("qos1_publish", "qos2_publish", "qos1_receive", "qos2_receive", "both_ways", "reconnects", "session_lost")
+_VERSION_5 = ("properties", "refusals")
 _LARGE = ("wrap", "receive_wrap", "full", "drop_oldest")
 
 
@@ -35,6 +36,14 @@ def test_nothing_is_lost_or_doubled_by_a_cut_that_leaves_unstable_cells():
 
 def test_nothing_is_lost_or_doubled_by_a_second_cut_during_recovery():
     _explore(("qos1_publish", "qos2_publish", "qos2_receive"), nested=True, step=2 if _QUICK else 10)
+
+
+def test_nothing_is_lost_or_doubled_in_a_session_of_mqtt_5():
+    _explore(_VERSION_5, step=2 if _QUICK else 8)
+    _explore(("expiry",), step=5 if _QUICK else 40)
+    _explore(_VERSION_5, 16, weak=True, step=5 if _QUICK else 20)
+    _explore(_VERSION_5, 256, step=5 if _QUICK else 20)
+    _explore(("expiry",), powercut.SEALED, weak=True, step=23 if _QUICK else 90)
 
 
 def test_every_record_in_a_page_of_its_own_survives_as_well():

@@ -244,7 +244,7 @@ def test_a_grace_has_no_effect():
 
 
 def test_no_more_messages_are_in_flight_than_the_broker_receives():
-    """[MQTT5-3.3.4-7]"""
+    """[MQTT5-3.3.4-7] [MQTT5-4.9.0-1] [MQTT5-4.9.0-2]"""
     for most in (1, 2, 3, 65535):
         for resent in (False, True):
             nor, store = _begin(limits={"receive_maximum": most})
@@ -602,11 +602,28 @@ def test_many_expired_messages_do_not_hold_up_one_that_has_not():
     assert store.is_live(last) and store.waiting == 1
 
 
+def test_a_message_that_has_expired_is_not_sent_after_a_cut_behind_one_that_came_later():
+    for unit in _UNITS:
+        clock = Clock(_WALL)
+        nor, store = _begin(unit, clock=clock)
+        store.publish("t", b"first", 1)
+        _packets(store)
+        store.disconnected()
+        _expiring(store, 60)
+        store.publish("t", b"last", 1)
+        clock.now += 60
+        store.limits()
+        store.connected(True, 7)
+        assert [entry[4] for entry in _sent(store)] == [b"first", b"last"]
+        store = _reopen(nor, clock=clock)  # where it would count as sent before
+        assert [entry[4] for entry in _sent(store)] == [b"first", b"last"], unit
+
+
 # -- reason codes
 
 
 def test_a_refused_message_is_finished_counted_and_told():
-    """[MQTT5-4.3.3-4]"""
+    """[MQTT5-4.3.3-4] [MQTT5-4.4.0-2]"""
     for unit in _UNITS:
         for reason in (0x80, 0x83, 0x87, 0x90, 0x91, 0x99):
             ends = []
@@ -621,11 +638,11 @@ def test_a_refused_message_is_finished_counted_and_told():
             assert _packets(store) == []  # no PUBREL
             assert store.waiting == 1
             store.commit()
-            assert list(_open(nor).session.out) == [3]
+            assert _heads(_reopen(nor)) == [(0x3C, 3)]
 
 
 def test_a_reason_code_below_0x80_is_a_success():
-    """[MQTT5-4.3.2-3]"""
+    """[MQTT5-4.3.3-4]"""
     ends = []
     nor, store = _begin(finished=_into(ends))
     store.publish("t", b"a", 1)
@@ -639,7 +656,6 @@ def test_a_reason_code_below_0x80_is_a_success():
 
 
 def test_a_message_without_quota_is_sent_anew_when_asked_to_and_blocks_none():
-    """[MQTT5-2.2.1-3]"""
     for in_flight in (1, 4):
         ends = []
         nor, store = _begin(in_flight=in_flight, finished=_into(ends))
@@ -705,7 +721,7 @@ def test_a_message_without_quota_is_sent_on_a_new_connection():
 
 
 def test_what_is_not_known_is_answered_with_0x92():
-    """[MQTT5-4.3.3-8]"""
+    """[MQTT5-2.2.1-5] [MQTT5-4.3.3-11]"""
     nor, store = _begin()
     ops = nor.ops
     store.on_ack(PUBREC, 77)
@@ -719,6 +735,7 @@ def test_what_is_not_known_is_answered_with_0x92():
 
 
 def test_0x92_finishes_what_is_to_be_finished():
+    """[MQTT5-4.3.3-11]"""
     ends = []
     nor, store = _begin(finished=_into(ends))
     store.publish("t", b"a", 2)
@@ -782,11 +799,79 @@ def test_an_acknowledgement_that_cannot_be_is_a_protocol_error():
     assert store.waiting == 2
 
 
+# -- the session, as in 3.1.1
+
+
+def test_each_message_is_acknowledged_once_and_by_what_its_qos_demands():
+    """[MQTT5-2.2.1-5] [MQTT5-4.3.2-1] [MQTT5-4.3.2-2] [MQTT5-4.3.2-3] [MQTT5-4.3.3-1] [MQTT5-4.3.3-2] [MQTT5-4.3.3-3]
+    [MQTT5-4.3.3-5] [MQTT5-4.3.3-6]"""
+    nor, store = _begin()
+    for qos in (1, 2):
+        store.publish("t", b"a", qos, properties=_MIXED)
+    assert _heads(store) == [(0x32, 1), (0x34, 2)]
+    for _ in range(3):  # they are kept until the acknowledgement, and sent again under their identifiers
+        store = _reopen(nor)
+        assert store.publish("t", b"b", 1) > 2
+        assert _heads(store)[:2] == [(0x3A, 1), (0x3C, 2)]
+    store.on_ack(PUBREC, 2)
+    for _ in range(3):
+        assert (0x62, 2) in _heads(store)
+        store = _reopen(nor)
+        heads = _heads(store)
+        assert (0x62, 2) in heads and (0x3C, 2) not in heads
+        store.on_ack(PUBREC, 2)
+    store.on_ack(PUBACK, 1)
+    store.on_ack(PUBCOMP, 2)
+    assert not store.is_live(1) and not store.is_live(2)
+
+
+def test_what_is_not_acknowledged_is_sent_again_in_order_when_the_session_is_resumed_and_at_no_other_time():
+    """[MQTT5-3.3.1-1] [MQTT5-4.4.0-1] [MQTT5-4.6.0-1] [MQTT5-4.6.0-4]"""
+    for restart in (False, True):
+        nor, store = _begin(in_flight=8)
+        for n in range(6):
+            store.publish("t", b"%d" % n, 1 + n % 2, properties={"content_type": "c"} if n % 3 else None)
+        _packets(store)
+        for packet_id in (4, 2):
+            store.on_ack(PUBREC, packet_id)
+        assert _heads(store) == [(0x62, 4), (0x62, 2)]
+        for _ in range(2):
+            store.publish("t", b"new", 1)
+            assert len(_heads(store)) == 1 and _heads(store) == []
+            if restart:
+                store = _reopen(nor, in_flight=8)
+            else:
+                _reconnect(store)
+            assert _heads(store)[:6] == [(0x3A, 1), (0x62, 2), (0x3A, 3), (0x62, 4), (0x3A, 5), (0x3C, 6)]
+        _reconnect(store, False)
+        assert _heads(store)[:4] == [(0x32, 1), (0x32, 3), (0x32, 5), (0x34, 6)]  # as new
+
+
+def test_a_message_of_the_broker_is_taken_once_and_its_identifier_is_free_again_afterwards():
+    """[MQTT5-4.3.2-4] [MQTT5-4.3.2-5] [MQTT5-4.3.3-8] [MQTT5-4.3.3-10] [MQTT5-4.3.3-11] [MQTT5-4.3.3-12]
+    [MQTT5-4.6.0-2] [MQTT5-4.6.0-3]"""
+    nor, store = _begin()
+    for packet_id in (7, 3, 5):
+        assert store.on_publish(1, packet_id)
+        store.handled(1, packet_id, store.session.epoch)
+        assert store.on_publish(2, packet_id + 1)
+        store.handled(2, packet_id + 1, store.session.epoch)
+    assert _heads(store) == [(0x40, 7), (0x50, 8), (0x40, 3), (0x50, 4), (0x40, 5), (0x50, 6)]
+    assert store.on_publish(1, 7)  # a new one, whatever its DUP
+    for _ in range(2):
+        store = _reopen(nor)
+        assert not store.on_publish(2, 8) and _heads(store) == [(0x50, 8)]
+    store.on_ack(PUBREL, 8)
+    assert _packets(store) == [b"\x70\x02\x00\x08"]
+    for _ in range(2):
+        assert store.on_publish(2, 8)
+        store = _reopen(nor)
+
+
 # -- the session at the broker
 
 
 def test_the_assigned_client_identifier_survives_what_the_subscriptions_do_not():
-    """[MQTT5-3.2.2-16]"""
     for unit in _UNITS:
         nor, store = _begin(unit)
         assert store.assigned == ""

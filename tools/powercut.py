@@ -1,7 +1,7 @@
 """Cut the power at every flash operation of recorded workloads, and check what both ends of the session saw.
 
-The device is the real Store, Journal and codec over a Nor; the broker is a model of an MQTT 3.1.1 server with one
-persistent session; between them are two queues of bytes.  No sockets, no clock: a run is a function of its id.
+The device is the real Store, Journal and codec over a Nor; the broker is a model of a server of MQTT 3.1.1 or 5 with
+one persistent session; between them are two queues of bytes.  No sockets, no clock: a run is a function of its id.
 
     powercut.py                              every workload, every operation, every way to leave it half done
     powercut.py qos2_publish@17.prefix.3     replay one run: packets both ways, flash operations, what went wrong,
@@ -28,10 +28,12 @@ if __name__ == "__main__":
     host.install()
 
 import mqtt_durable.replay  # noqa: F401 - thousands of mounts: what is loaded stays loaded, see once.py
+from mqtt_durable import packet as packet3
+from mqtt_durable import packet5
 from mqtt_durable.errors import JournalFull
 from mqtt_durable.journal import Journal
-from mqtt_durable.packet import DISCONNECT_BYTES, Decoder, encode_connect, encode_subscribe
 from mqtt_durable.store import Store, identity
+from mqtt_durable.store5 import Store5
 from norsim import MODES_ERASE, MODES_PROGRAM, Encrypted, Nor, PowerCut
 from packet_types import (
     CONNACK,
@@ -52,6 +54,7 @@ ME = identity("device", "broker", 1883)
 FILTER = "to/device"
 ROUNDS = 500  # more means that something waits for ever
 SEALED = "sealed"  # in place of a prog_size: an encrypted partition
+WALL = 1790000000  # what the clock says at first; a round takes a second
 RESTART_OPS = 8  # of the operations after a mount, how many count as the restart a second cut may hit
 
 
@@ -67,7 +70,9 @@ class Workload:
     start it again, "offline" and "online".  stuck: until this many messages have been delivered, the broker does not
     finish messages 1 and 2 of each direction.  handlers: how many messages the handler takes in a round.  burst: most
     messages published at a time, three times in each round that every divides.  newest: the packet identifier given
-    out last, long ago.
+    out last, long ago.  version: 5 for MQTT 5, where messages have properties; aliases, receive_maximum: of its broker.
+    refused, postponed: the numbers of the messages that it never takes, and not when they first come.  expiring:
+    seconds, the message expiry interval of every second message.
     """
 
     def __init__(
@@ -86,6 +91,12 @@ class Workload:
         handlers=8,
         every=1,
         newest=0,
+        version=3,
+        aliases=0,
+        receive_maximum=65535,
+        refused=(),
+        postponed=(),
+        expiring=0,
     ):
         self.publishes = publishes
         self.qos = qos
@@ -101,12 +112,27 @@ class Workload:
         self.handlers = handlers
         self.every = every
         self.newest = newest
+        self.version = version
+        self.aliases = aliases
+        self.receive_maximum = receive_maximum
+        self.refused = refused
+        self.postponed = postponed
+        self.expiring = expiring
 
     def qos_of(self, number):
         return self.qos[number % len(self.qos)]
 
     def qos_in_of(self, number):
         return self.qos_in[number % len(self.qos_in)]
+
+    def properties(self, number):
+        """What message n has in MQTT 5, None or a dictionary."""
+        found = {}
+        if number % 3:
+            found["content_type"] = "text/%d" % number
+        if self.expiring and number % 2:
+            found["message_expiry_interval"] = self.expiring
+        return found or None
 
     def payload(self, number):
         return b"%d " % number + bytes([(number * 7 + i) & 255 for i in range(self.size + number % 5)])
@@ -152,6 +178,44 @@ WORKLOADS = {
         when_full="drop_oldest",
         events={1: "offline", 11: "online"},
     ),
+    "properties": Workload(
+        14,
+        (1, 2, 2),
+        10,
+        (2, 1),
+        version=5,
+        aliases=2,
+        burst=2,
+        in_flight=8,
+        handlers=2,
+        newest=65018,
+        events={2: "drop", 4: "close", 6: "lose", 8: "drop"},
+    ),
+    "refusals": Workload(
+        16,
+        (1, 2),
+        version=5,
+        burst=2,
+        receive_maximum=2,
+        refused=(2, 5, 8),
+        postponed=(1, 3, 6, 9, 10),
+        events={3: "drop", 6: "close", 7: "lose"},
+    ),
+    "expiry": Workload(
+        40,
+        (1, 2),
+        4,
+        (2,),
+        size=420,
+        version=5,
+        aliases=8,
+        burst=3,
+        in_flight=3,
+        refused=(7, 30),
+        postponed=(9, 20),
+        expiring=4,
+        events={1: "offline", 5: "online", 9: "close", 10: "offline", 16: "online"},
+    ),
 }
 
 
@@ -186,11 +250,38 @@ def body_of(packet):
     return packet[i + 1 :]
 
 
-def publish_fields(packet):
-    """(packet identifier, topic, payload) of a PUBLISH at QoS 1 or 2."""
+def publish_fields(packet, version=3):
+    """(packet identifier, topic, payload) of a PUBLISH at QoS 1 or 2; of MQTT 5 without its properties."""
     body = body_of(packet)
     n = body[0] << 8 | body[1]
-    return body[2 + n] << 8 | body[3 + n], str(body[2 : 2 + n], "utf-8"), body[4 + n :]
+    at = 4 + n
+    if version == 5:
+        at += 1 + body[at]  # of which there are less than 128 bytes here
+    return body[2 + n] << 8 | body[3 + n], str(body[2 : 2 + n], "utf-8"), body[at:]
+
+
+def properties_of(packet):
+    """(topic alias, message expiry interval, content type) of a PUBLISH of MQTT 5; 0, 0 and "" for none."""
+    body = body_of(packet)
+    at = 4 + (body[0] << 8 | body[1])
+    stop = at + 1 + body[at]
+    at += 1
+    alias = expiry = 0
+    content_type = ""
+    while at < stop:
+        if body[at] == 35:
+            alias = body[at + 1] << 8 | body[at + 2]
+            at += 3
+        elif body[at] == 2:
+            expiry = body[at + 3] << 8 | body[at + 4]
+            at += 5
+        elif body[at] == 3:
+            n = body[at + 2]
+            content_type = str(body[at + 3 : at + 3 + n], "utf-8")
+            at += 3 + n
+        else:
+            raise Failure("property %d in a PUBLISH" % body[at])
+    return alias, expiry, content_type
 
 
 def number_of(payload):
@@ -202,18 +293,21 @@ def id_of(packet):
     return body[0] << 8 | body[1]
 
 
-def ack(kind, packet_id):
-    return bytes((kind << 4 | (2 if kind in (PUBREL, SUBSCRIBE) else 0), 2, packet_id >> 8, packet_id & 255))
+def ack(kind, packet_id, reason=0):
+    first = kind << 4 | (2 if kind in (PUBREL, SUBSCRIBE) else 0)
+    packet = bytes((first, 3 if reason else 2, packet_id >> 8, packet_id & 255))
+    return packet + bytes((reason,)) if reason else packet
 
 
-def put_publish(topic, qos, dup, packet_id, payload):
-    body = bytes((0, len(topic))) + topic.encode() + bytes((packet_id >> 8, packet_id & 255)) + payload
+def put_publish(topic, qos, dup, packet_id, payload, version=3):
+    body = bytes((0, len(topic))) + topic.encode() + bytes((packet_id >> 8, packet_id & 255))
+    body += (b"\0" if version == 5 else b"") + payload
     n = len(body)
     size = bytes((n,)) if n < 128 else bytes((n & 127 | 128, n >> 7))
     return bytes((0x30 | qos << 1 | (8 if dup else 0),)) + size + body
 
 
-def describe(packet):
+def describe(packet, version=3):
     kind = packet[0] >> 4
     name = NAMES[kind]
     if kind == CONNECT:
@@ -221,18 +315,22 @@ def describe(packet):
     if kind == CONNACK:
         return "%s session present %d" % (name, packet[2])
     if kind == PUBLISH:
-        packet_id, _, payload = publish_fields(packet)
+        packet_id, _, payload = publish_fields(packet, version)
         dup = " DUP" if packet[0] & 8 else ""
         return "%s id %d QoS %d%s: message %d" % (name, packet_id, packet[0] >> 1 & 3, dup, number_of(payload))
-    return name if kind == DISCONNECT else "%s id %d" % (name, id_of(packet))
+    if kind == DISCONNECT:
+        return name
+    reason = " reason 0x%02x" % packet[4] if packet[1] == 3 and kind in (PUBACK, PUBREC, PUBREL, PUBCOMP) else ""
+    return "%s id %d%s" % (name, id_of(packet), reason)
 
 
 # -- the broker
 
 
 class Broker:
-    """A server session for one client: MQTT 3.1.1 sections 3 and 4.  Delivers a QoS 2 message when it first comes
-    (method B of section 4.3.3).  Its packet identifiers run from 1 to 20 and then again, its window is 6 messages."""
+    """A server session for one client: sections 3 and 4 of MQTT 3.1.1 and 5.  Delivers a QoS 2 message when it first
+    comes (method B of section 4.3.3).  Its packet identifiers run from 1 to 20 and then again; 6 are its window.
+    """
 
     def __init__(self, world):
         self.world = world
@@ -242,6 +340,8 @@ class Broker:
         self.forgiven = []  # numbers that may come twice, because the session that knew them was lost
         self.forgotten = []  # numbers to the device that were lost with the session
         self.published = 0  # the outside publisher's position
+        self.version = world.workload.version
+        self._postponed = set()  # numbers that came and were refused for want of quota
         self._clean = True
         self._next_id = 0
         self._renew()
@@ -286,12 +386,14 @@ class Broker:
         elif kind == PUBLISH:
             self._publish(packet)
         elif kind == PUBREL:
-            self._answer(ack(PUBCOMP, id_of(packet)), self.has.pop(id_of(packet), 0))
+            reason = 0x92 if self.version == 5 and id_of(packet) not in self.has else 0
+            self._answer(ack(PUBCOMP, id_of(packet), reason), self.has.pop(id_of(packet), 0))
         elif kind in (PUBACK, PUBREC, PUBCOMP):
             self._acknowledged(kind, id_of(packet))
         elif kind == SUBSCRIBE:
             self.subscribed = True
-            self.world.answer(bytes((0x90, 3)) + body_of(packet)[:2] + packet[-1:])
+            more = b"\0" if self.version == 5 else b""
+            self.world.answer(bytes((0x90, 3 + len(more))) + body_of(packet)[:2] + more + packet[-1:])
         elif kind == DISCONNECT:
             self.hang_up()
         else:
@@ -306,7 +408,9 @@ class Broker:
             self._renew()
             self.world.witness.renewed()
         self.session = True
-        self.world.answer(bytes((0x20, 2, 1 if present else 0, 0)))
+        self._aliases = {}
+        more = b"\0" if self.version == 5 else b""
+        self.world.answer(bytes((0x20, 2 + len(more), 1 if present else 0, 0)) + more)
         for entry in self.flight:
             self._send(entry, True)
 
@@ -315,15 +419,27 @@ class Broker:
         if had_pubrec:
             self._answer(ack(PUBREL, packet_id), number if qos == 2 else 0)
         else:
-            self.world.answer(put_publish(FILTER, qos, dup, packet_id, self.world.workload.payload(number)))
+            payload = self.world.workload.payload(number)
+            self.world.answer(put_publish(FILTER, qos, dup, packet_id, payload, self.version))
 
     def _publish(self, packet):
-        packet_id, topic, payload = publish_fields(packet)
+        packet_id, topic, payload = publish_fields(packet, self.version)
         number = number_of(payload)
         qos = packet[0] >> 1 & 3
         workload = self.world.workload
+        if self.version == 5:
+            topic = self._properties(packet, topic, number)
         if topic != "from/device" or payload != workload.payload(number) or qos != workload.qos_of(number):
             raise Failure("message %d arrived garbled" % number)
+        reason = 0
+        if number in workload.refused:
+            reason = 0x87
+        elif number in workload.postponed and number not in self._postponed:
+            self._postponed.add(number)
+            reason = 0x97
+        if reason:
+            self.world.answer(ack(PUBACK if qos == 1 else PUBREC, packet_id, reason))
+            return
         if qos == 1:
             self.delivered.append(number)
             self._answer(ack(PUBACK, packet_id), number)
@@ -334,6 +450,22 @@ class Broker:
         elif self.has[packet_id] != number:
             raise Failure("packet id %d of message %d is message %d's" % (packet_id, number, self.has[packet_id]))
         self.world.answer(ack(PUBREC, packet_id))
+
+    def _properties(self, packet, topic, number):
+        """Return the topic that a PUBLISH has, by its topic alias if that is all it has."""
+        workload = self.world.workload
+        alias, expiry, content_type = properties_of(packet)
+        want = workload.properties(number) or {}
+        left = want.get("message_expiry_interval", 0)
+        if content_type != want.get("content_type", "") or (not 0 < expiry <= left if left else expiry):
+            raise Failure("message %d has other properties: %s, %d of %d s" % (number, content_type, expiry, left))
+        if alias:
+            if alias > workload.aliases:
+                raise Failure("topic alias %d of %d" % (alias, workload.aliases))
+            if topic:
+                self._aliases[alias] = topic
+            topic = self._aliases.get(alias, "")
+        return topic
 
     def _acknowledged(self, kind, packet_id):
         for entry in self.flight:
@@ -390,6 +522,7 @@ class Witness:
         self._rest = b""
         self._present = False
         self._last = {PUBLISH: 0, PUBREL: 0}
+        self._late = set()  # numbers of messages the broker had no quota for
         self._open = set()  # numbers under way on this connection
 
     def told(self, session_present):
@@ -397,14 +530,20 @@ class Witness:
         self._present = session_present
 
     def finished(self, packet_id):
-        """The device has read a PUBACK or PUBCOMP."""
+        """The device has read a PUBACK or PUBCOMP, or a PUBREC that is a refusal."""
         self._open.discard(self.using.pop(packet_id, 0))
+
+    def postponed(self, packet_id):
+        """The device has read that the broker has no quota: it may send the message as new, behind others."""
+        number = self.using.get(packet_id, 0)
+        self._sent.discard(number)
+        self._late.add(number)
 
     def see(self, data):
         """Return the whole packets that are complete with data."""
         packets, self._rest = split(self._rest + data)
         for packet in packets:
-            self.world.say("     >", describe(packet))
+            self.world.say("     >", describe(packet, self.world.workload.version))
             kind = packet[0] >> 4
             if kind == PUBLISH:
                 self._publish(packet)
@@ -417,7 +556,7 @@ class Witness:
         return packets
 
     def _publish(self, packet):
-        packet_id, _, payload = publish_fields(packet)
+        packet_id, _, payload = publish_fields(packet, self.world.workload.version)
         number = number_of(payload)
         dup = bool(packet[0] & 8)
         if not packet_id:
@@ -431,25 +570,27 @@ class Witness:
             raise Failure("message %d sent again without DUP" % number)
         if dup and not self._present:
             raise Failure("message %d sent with DUP into a new session" % number)
-        if number <= self._last[PUBLISH]:
-            raise Failure("message %d sent behind message %d on one connection" % (number, self._last[PUBLISH]))
-        self._last[PUBLISH] = number
+        if number not in self._late:
+            if number <= self._last[PUBLISH]:
+                raise Failure("message %d sent behind message %d on one connection" % (number, self._last[PUBLISH]))
+            self._last[PUBLISH] = number
         self.using[packet_id] = number
         self._sent.add(number)
-        self._in_flight(number)
+        self._open.add(number)
+        workload = self.world.workload
+        if len(self._open) > min(workload.in_flight, workload.receive_maximum):
+            raise Failure("%d messages in flight" % len(self._open))
 
     def _pubrel(self, packet_id):
         number = self.using.get(packet_id)
         if number is None:
             return  # its end was read, but the device has forgotten it: again does no harm
-        if number <= self._last[PUBREL]:
-            raise Failure("PUBREL of message %d behind that of message %d" % (number, self._last[PUBREL]))
-        self._last[PUBREL] = number
+        if number not in self.world.workload.postponed:  # their PUBRECs come in another order
+            if number <= self._last[PUBREL]:
+                raise Failure("PUBREL of message %d behind that of message %d" % (number, self._last[PUBREL]))
+            self._last[PUBREL] = number
         self._released.add(number)
-        self._in_flight(number)
-
-    def _in_flight(self, number):
-        self._open.add(number)
+        self._open.add(number)  # which no quota keeps back
         if len(self._open) > self.world.workload.in_flight:
             raise Failure("%d messages in flight" % len(self._open))
 
@@ -520,6 +661,7 @@ def facts(store):
         "received": store.received,
         "identity": store.identity,
         "subscriptions": sorted(store.subscriptions.items()),
+        "assigned": getattr(store, "assigned", ""),
     }
 
 
@@ -556,7 +698,9 @@ class Device:
         self.world = world
         workload = world.workload
         self.buf = memoryview(bytearray(160))
-        self.decoder = Decoder(96, 700)
+        self.version = workload.version
+        self.wire = packet5 if self.version == 5 else packet3
+        self.decoder = (packet5.Decoder5 if self.version == 5 else packet3.Decoder)(96, 700)
         self.todo = []  # delivered, the handler has not had them
         self.store = self._store(world.tap, self._finished)
         world.mount_ops = len(world.tap.kinds)
@@ -578,15 +722,28 @@ class Device:
     def _store(self, device, finished):
         workload = self.world.workload
         journal = Journal(device, self.world.unit, None, lambda n: b"\x5a" * n)
-        store = Store(journal, workload.in_flight, workload.when_full, finished)
+        if workload.version == 5:
+            clock = self.world.clock
+            store = Store5(journal, workload.in_flight, workload.when_full, finished, False, clock)
+        else:
+            store = Store(journal, workload.in_flight, workload.when_full, finished)
         store.open()
         return store
 
     def _finished(self, packet_id, ok):
         number = self.world.numbers[packet_id]
-        if ok and number not in self.world.broker.delivered:
-            raise Failure("message %d reported as delivered, but it was not" % number)
-        if not ok:
+        if ok is True:
+            if number not in self.world.broker.delivered:
+                raise Failure("message %d reported as delivered, but it was not" % number)
+        elif ok:
+            if number not in self.workload.refused:
+                raise Failure("message %d reported as refused, but it was not" % number)
+        elif self.workload.expiring:
+            age = self.world.round - self.world.accepted_in[number]
+            if not number % 2 or age < self.workload.expiring:
+                raise Failure("message %d expired after %d s" % (number, age))
+            self.world.dropped.append(number)
+        else:
             if self.workload.when_full != "drop_oldest":
                 raise Failure("message %d dropped" % number)
             self.world.dropped.append(number)
@@ -605,7 +762,7 @@ class Device:
         world = self.world
         world.witness.connected()
         self.decoder.reset()
-        self.send(encode_connect("device", clean, 0))
+        self.send(self.wire.encode_connect("device", clean, 0))
         world.deliver()
         while True:
             kind = self.decoder.next()
@@ -621,17 +778,19 @@ class Device:
         world = self.world
         if self.store.identity != ME:
             self._handshake(True)
-            self.send(DISCONNECT_BYTES)
+            self.send(packet3.DISCONNECT_BYTES)
             world.deliver()
         world.renewal = None if world.broker.session else sorted(self.store.session.held)
         self.store.connecting()
         present = self._handshake(False)
+        if self.version == 5:
+            self.store.limits(self.workload.receive_maximum, topic_alias_maximum=self.workload.aliases)
         self.store.connected(present, ME)
         world.renewal = None
         if self.workload.receives and self.store.granted(FILTER, 2) is None:
             self.store.session.requests.clear()
             packet_id = self.store.session.request_id()
-            self.send(encode_subscribe(packet_id, FILTER.encode(), 2))
+            self.send(self.wire.encode_subscribe(packet_id, FILTER.encode(), 2))
 
     def disconnect(self):
         self.store.disconnected()
@@ -674,8 +833,14 @@ class Device:
             store.session.requests.discard(packet_id)
             store.subscribed(FILTER, 2, decoder.payload[0])
         else:
-            store.on_ack(kind, packet_id)
-            if kind in (PUBACK, PUBCOMP):
+            reason = decoder.reason_code if self.version == 5 else 0
+            if self.version == 5:
+                store.on_ack(kind, packet_id, reason)
+            else:
+                store.on_ack(kind, packet_id)
+            if reason == 0x97:
+                self.world.witness.postponed(packet_id)
+            if kind in (PUBACK, PUBCOMP) or reason >= 0x80:
                 self.world.witness.finished(packet_id)
 
     def handle(self, most):
@@ -693,10 +858,13 @@ class Device:
         world = self.world
         while count and self.next <= self.workload.publishes:
             world.attempted = self.next
+            world.accepted_in[self.next] = world.round
             qos = self.workload.qos_of(self.next)
             world.say("app", "publish message %d at QoS %d" % (self.next, qos))
+            more = (self.workload.properties(self.next),) if self.version == 5 else ()
+            payload = self.workload.payload(self.next)
             try:
-                packet_id = self.store.publish("from/device", self.workload.payload(self.next), qos, False, self.next)
+                packet_id = self.store.publish("from/device", payload, qos, False, self.next, *more)
             except JournalFull:
                 world.say("app", "refused: full")
                 return
@@ -721,6 +889,7 @@ class World:
         self.up = []  # packets on their way to the broker
         self.down = b""  # bytes on their way to the device
         self.accepted = self.attempted = 0
+        self.accepted_in = {}  # number -> round
         self.numbers = {}  # packet identifier -> number of the message accepted under it last
         self.dropped = []
         self.effects = {}  # number -> token, of what the handler has had
@@ -741,6 +910,9 @@ class World:
         if workload.newest:
             used(self.tap.nor, workload.newest, self.device, self.unit)
 
+    def clock(self):
+        return WALL + self.round
+
     def device(self, nor):
         """What the journal is given for that flash."""
         return Encrypted(nor) if self.prog_size == SEALED else nor
@@ -750,7 +922,7 @@ class World:
             self.trace("%5s  %s" % (who, what))
 
     def answer(self, packet):
-        self.say("<    ", describe(packet))
+        self.say("<    ", describe(packet, self.workload.version))
         self.down += packet
 
     def deliver(self, most=None):
@@ -854,6 +1026,8 @@ class World:
             self.broker.go_on()
             device.read()
             device.handle(self.workload.handlers)
+            if self.workload.version == 5:
+                device.store.retry()
             device.flush()
             if self._is_over(device):
                 break
@@ -899,15 +1073,20 @@ class World:
     def _check(self):
         delivered = self.broker.delivered
         first = []
+        last = 0
         for number in delivered:
+            if number in self.workload.refused:
+                raise Failure("message %d delivered, but it was refused" % number)
             if number not in first:
-                if first and number < first[-1]:
-                    raise Failure("message %d delivered behind message %d" % (number, first[-1]))
+                if number not in self.workload.postponed:
+                    if number < last:
+                        raise Failure("message %d delivered behind message %d" % (number, last))
+                    last = number
                 first.append(number)
             elif self.workload.qos_of(number) == 2 and number not in self.broker.forgiven:
                 raise Failure("message %d delivered twice" % number)
         for number in range(1, self.workload.publishes + 1):
-            if number not in first and number not in self.dropped:
+            if number not in first and number not in self.dropped and number not in self.workload.refused:
                 raise Failure("message %d was lost" % number)
         for number in range(1, self.workload.receives + 1):
             if number not in self.effects and number not in self.broker.forgotten and number not in self.swallowed:

@@ -52,6 +52,7 @@ class Store5(Store):
 
     _window = 0
     _later = ()
+    _unrecorded = False  # that a message has expired
 
     def __init__(self, journal, in_flight=16, when_full="raise", finished=None, grace=False, clock=None):
         self._clock = clock
@@ -148,7 +149,7 @@ class Store5(Store):
 
     def assign(self, client_id):
         """Record the client identifier that the broker assigned, str: .assigned, through restarts and whatever becomes
-        of the session.  Raises ValueError beyond 128 bytes, JournalFull, OSError.  [MQTT5-3.2.2-16]
+        of the session.  Raises ValueError beyond 128 bytes, JournalFull, OSError.  Section 3.2.2.3.7.
         """
         text = client_id.encode()
         if len(text) > _LONGEST_ID:
@@ -241,9 +242,12 @@ class Store5(Store):
 
     def _put_publish(self, buf, off, packet_id, pos):
         journal = self.journal
+        if self._unrecorded:  # or after a cut that message would be sent behind this one
+            self.commit()
+            self._unrecorded = False
         if not self._maximum_qos:
             self._ready()
-            pos = self.session.out[packet_id] >> 2
+        pos = self.session.out[packet_id] >> 2  # a record may have moved it
         n = journal.load(pos) - 8
         at = self._topic_at(pos)
         if n >= 0 and (self._sent_at != at or self._sent_seq != journal.seq_of(at)):
@@ -277,6 +281,7 @@ class Store5(Store):
                 left -= self._age(stamp)
                 if left <= 0 and not (self._again and self._dup):  # else the broker may have it already
                     self._ready()
+                    self._unrecorded = True
                     self.expired += 1
                     self._end(packet_id, False)
                     return off

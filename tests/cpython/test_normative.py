@@ -9,7 +9,7 @@ ROW = re.compile(r"\| (MQTT5?-[0-9.-]+) \| ([^|]+) \| ([^|]+) \|")
 TEST = re.compile(r"`([a-z0-9_/]+\.py)::(test_[a-z0-9_]+)`")
 NAMED = re.compile(r"\[(MQTT5?-[0-9.-]+)\]")
 # How many statements of each version bind a client or can be observed by it; of MQTT 5's 161, those that are built.
-STATEMENTS = {"MQTT": 83, "MQTT5": 72}
+STATEMENTS = {"MQTT": 83, "MQTT5": 108}
 
 
 def read_table(text):
