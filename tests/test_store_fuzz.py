@@ -4,6 +4,9 @@ The ring is kept nearly full, so that the window is carried forward, the head is
 of it again and again; between mounts some messages are acknowledged.  After every mount all that publish() accepted and
 nobody acknowledged is there, in order, readable, with the newest mark; what was acknowledged may come back only while
 its DONE was still pending.
+
+FIRST LAST 5 is the store of MQTT 5: messages have properties and expire, the broker refuses some and has no quota for
+others, and one mount in four is with the store of 3.1.1.
 """
 
 import sys
@@ -23,22 +26,27 @@ from mqtt_durable.journal import Journal  # noqa: E402
 from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC  # noqa: E402
 from mqtt_durable.session import REL  # noqa: E402
 from mqtt_durable.store import Store  # noqa: E402
+from mqtt_durable.store5 import Store5  # noqa: E402
 
 _ME = 7
+_QUICK = sys.implementation.name != "micropython"
+_TOTALS = "published %d, full %d, cuts %d, mounts %d, refused, expired or postponed %d"
 
 
 class Run:
-    """One run.  .cuts, .mounts, .fulls, .published: how many there were."""
+    """One run.  .cuts, .mounts, .fulls, .published, .ended (refused, expired, postponed): how many there were."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, version=3):
         rng = self.rng = Rng(seed)
         self.seed = seed
+        self.version = version
+        self.now = 1 << 30
         self.unit = (4, 4, 16, 256)[rng.below(4)]
         self.sectors = (4, 6, 16)[rng.below(3)] + (2 if self.unit == 256 else 0)
         self.window = (1, 4, 16, 64)[rng.below(4)]
         self.nor = Nor(self.sectors * 4096, self.unit)
         self.buf = memoryview(bytearray(768))
-        self.cuts = self.mounts = self.fulls = self.published = 0
+        self.cuts = self.mounts = self.fulls = self.published = self.ended = 0
         self.live = []  # numbers accepted and not acknowledged
         self.done = []  # numbers whose DONE may still be pending, newest last
         self.number = 0  # the next one
@@ -48,21 +56,45 @@ class Run:
         self.boot()
 
     def boot(self):
-        store = self.store = Store(Journal(self.nor, self.unit, None, lambda n: b"\x11" * n), self.window)
+        journal = Journal(self.nor, self.unit, None, lambda n: b"\x11" * n)
+        self.is5 = self.version == 5 and self.rng.below(4) > 0
+        if self.is5:
+            store = Store5(journal, self.window, "raise", self.finished, False, lambda: self.now)
+        else:
+            store = Store(journal, self.window)
+        self.store = store
         store.open()
         self.mounts += 1
         if not store.identity:
             store.begin(_ME)
         self.number_of = {}
         self.check()
-        store.connecting()
-        store.connected(True, _ME)
+        self.connect()
         for packet_id in self.sent:
             if store._is_queued(packet_id):
                 self.fail("message %d was sent, but would be sent again as new" % packet_id)
 
+    def connect(self):
+        self.store.connecting()
+        if self.is5:
+            self.store.limits(1 + self.rng.below(20), topic_alias_maximum=self.rng.below(3))
+        self.store.connected(True, _ME)
+
+    def finished(self, packet_id, result):
+        if result is not True:  # refused or expired
+            self.over(packet_id)
+            self.ended += 1
+
+    def over(self, packet_id):
+        number = self.number_of.get(packet_id)
+        if number is None:
+            number = self.released[packet_id]
+        self.done.append(number)
+        self.live.remove(number)
+
     def fail(self, text):
-        raise AssertionError("test_store_fuzz.py %d: cut %d: %s" % (self.seed, self.cuts, text))
+        version = " %d 5" % (self.seed + 1) if self.version == 5 else ""
+        raise AssertionError("test_store_fuzz.py %d%s: cut %d: %s" % (self.seed, version, self.cuts, text))
 
     def numbers(self):
         """The numbers of all messages that wait, read back from their records, in the order they would go out."""
@@ -110,16 +142,27 @@ class Run:
         self.live = got
         self.trying = None
 
+    def properties(self, number):
+        found = {"content_type": "c" * (number % 11)} if number % 3 else {}
+        if number % 4 == 0:
+            found["message_expiry_interval"] = 20 + number % 50
+        return found
+
     def step(self):
         rng = self.rng
         store = self.store
+        if self.is5:
+            self.now += 1
+            if rng.below(4) == 0:
+                store.retry()
         what = rng.below(100)
         if what < 55:
             for _ in range(1 + rng.below(24)):
                 number = self.trying = self.number + 1
                 payload = b"x" * (number % 90) + b"%07d" % number
+                more = {"properties": self.properties(number)} if self.is5 else {}
                 try:
-                    packet_id = store.publish("readings/of/a/meter", payload, 1 + number % 2, mark=number)
+                    packet_id = store.publish("readings/of/a/meter", payload, 1 + number % 2, mark=number, **more)
                 except JournalFull:
                     self.trying = None
                     self.fulls += 1
@@ -139,15 +182,22 @@ class Run:
                 if packet_id in store._resend or packet_id == store._held_back or store.rest:
                     break
                 state = store.session.out[packet_id] & 3
-                number = self.number_of.get(packet_id)
+                if self.is5:
+                    ahead = store.session.ahead
+                    if ahead(store._taken, packet_id) < ahead(store._taken, store._sent_to):
+                        break
+                    if packet_id in store._later:
+                        continue
+                    if state != REL and rng.below(8) == 0:
+                        reason = 0x97 if rng.below(2) else 0x87
+                        store.on_ack(PUBACK if state == 1 else PUBREC, packet_id, reason)
+                        self.ended += reason == 0x97
+                        continue
                 if state == 2:
-                    self.released[packet_id] = number
+                    self.released[packet_id] = self.number_of.get(packet_id)
                     store.on_ack(PUBREC, packet_id)
                     continue
-                if number is None:
-                    number = self.released[packet_id]
-                self.done.append(number)
-                self.live.remove(number)
+                self.over(packet_id)
                 store.on_ack(PUBACK if state == 1 else PUBCOMP, packet_id)
         elif what < 95:
             store.commit()
@@ -157,8 +207,7 @@ class Run:
             store.close()
         else:
             store.disconnected()
-            store.connecting()
-            store.connected(True, _ME)
+            self.connect()
 
     def steps(self, n):
         rng = self.rng
@@ -190,11 +239,11 @@ class Run:
             self.nor.power_on()
 
 
-def run(first, last, steps):
+def run(first, last, steps, version=3):
     """Run the seeds first..last-1; return their totals."""
-    totals = [0, 0, 0, 0]
+    totals = [0, 0, 0, 0, 0]
     for seed in range(first, last):
-        one = Run(seed)
+        one = Run(seed, version)
         try:
             one.steps(steps)
         except AssertionError:
@@ -202,18 +251,25 @@ def run(first, last, steps):
         except Exception as e:
             sys.print_exception(e)
             one.fail("%s: %s" % (type(e).__name__, e))
-        for i, n in enumerate((one.published, one.fulls, one.cuts, one.mounts)):
+        for i, n in enumerate((one.published, one.fulls, one.cuts, one.mounts, one.ended)):
             totals[i] += n
     return totals
 
 
 def test_a_deep_backlog_survives_any_cut():
-    totals = run(0, 24 if sys.implementation.name != "micropython" else 6, 400)
-    print("published %d, refused %d, cuts %d, mounts %d" % tuple(totals))
+    totals = run(0, 24 if _QUICK else 6, 400)
+    print(_TOTALS % tuple(totals))
+    assert min(totals[:4]) > 0
+
+
+def test_a_deep_backlog_of_mqtt_5_survives_any_cut():
+    totals = run(0, 12 if _QUICK else 3, 400, 5)
+    print(_TOTALS % tuple(totals))
     assert min(totals) > 0
 
 
 if __name__ == "__main__":
     first = int(sys.argv[1])
     last = int(sys.argv[2]) if len(sys.argv) > 2 else first + 1
-    print("published %d, refused %d, cuts %d, mounts %d" % tuple(run(first, last, 400)))
+    version = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+    print(_TOTALS % tuple(run(first, last, 400, version)))
