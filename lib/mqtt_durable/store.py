@@ -439,10 +439,13 @@ class Store(Recall):
                 return off
             topic = self._sent_topic
             begin = self._payload_at()
-            if journal.buf[0] & 0x40:
-                begin += self._properties_size(pos, begin)
+            first = journal.buf[0]
+            if first & 0x40:  # properties that version 5 has recorded: they are not sent here
+                size = bytearray(2)
+                journal.read(pos, 4 + begin, size)
+                begin += 2 + (size[0] >> 1 | size[1] << 7) + (size[0] & 1) * 8
             n -= begin
-            first = journal.buf[0] & 7 | 0x30
+            first = first & 7 | 0x30
         else:
             topic, payload, retain = self._held[packet_id]
             n = len(payload)
@@ -467,13 +470,6 @@ class Store(Recall):
                 buf[off : off + n] = journal.buf[begin + 4 : begin + 4 + n]
                 return off + n
         return self._more(buf, off)
-
-    def _properties_size(self, pos, begin):
-        """Bytes of the properties at begin of a body, which version 5 has recorded: they are not sent here."""
-        size = bytearray(2)
-        self.journal.read(pos, 4 + begin, size)
-        n = size[0] | size[1] << 8
-        return 2 + (n >> 1) + (n & 1) * 8
 
     def _more(self, buf, off):
         n = len(self._lead)

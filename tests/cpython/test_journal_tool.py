@@ -33,6 +33,7 @@ from raises import raises  # noqa: E402
 
 from mqtt_durable.journal import Journal  # noqa: E402
 from mqtt_durable.store import Store  # noqa: E402
+from mqtt_durable.store5 import Store5  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 UNITS = {4: 4, 16: 4, 256: 8}  # program unit -> sectors
@@ -250,6 +251,16 @@ def test_a_sealed_journal_is_read():
     assert content(journal) == EXPECTED and journal.closed
 
 
+WORKLOADS = (
+    ("both_ways", 60),
+    ("wrap", 170),
+    ("session_lost", 60),
+    ("drop_oldest", 110),
+    ("properties", 60),
+    ("expiry", 110),
+)
+
+
 def test_tool_and_store_agree_after_every_cut():
     """What the tool reads between a power cut and the mount is what a mount finds, second cuts included."""
     seen = []
@@ -275,7 +286,7 @@ def test_tool_and_store_agree_after_every_cut():
     powercut.Device = Device
     try:
         for unit in (4, 16, 256, powercut.SEALED):
-            for name, most in (("both_ways", 60), ("wrap", 170), ("session_lost", 60), ("drop_oldest", 110)):
+            for name, most in WORKLOADS:
                 for operation in range(len(str(unit)) + 3, most, 13):
                     mode = ("bits", "mixed", "prefix", "all", "zeros")[operation % 5]
                     try:
@@ -394,6 +405,35 @@ def test_dump_shows_every_record_in_words(tmp_path):
         "years left",
     ):
         assert text in out, text
+
+
+def test_dump_shows_what_mqtt_5_has_recorded():
+    nor = Nor(4 * tool.SECTOR, 4)
+    store = Store5(Journal(nor, 4), 4, clock=lambda: tool.WALL + 5)
+    store.open()
+    store.assign("auto-7")
+    properties = {
+        "message_expiry_interval": 60,
+        "payload_format_indicator": 1,
+        "content_type": "text/plain",
+        "response_topic": "a/b",
+        "correlation_data": b"\x00\xff",
+        "user_properties": [("key", "value")],
+    }
+    store.publish("t", b"payload", 1, properties=properties)
+    store.publish("t" * 300, b"payload", 2, properties={"content_type": "x"})
+    store.subscribed("a/#", 0x2E, 1)
+    for orderly in (False, True):
+        journal = tool.Journal(nor.mem)
+        text = tool.dump(journal)
+        assert "expires after 60 s, stamp 1073741829, payload format 1, content type \"text/plain\"" in text
+        assert 'response topic "a/b", correlation data 00 ff, user property "key" = "value", "payload"' in text
+        assert 'content type "x", "payload"' in text
+        assert "auto-7, assigned by the broker" in text
+        assert "a/#, QoS 2, no local, retain as published, none retained asked, 1 granted" in text
+        assert journal.problems == [] and summary(journal) == facts(store)
+        store.close()
+    assert "wall time 1073741829" in text and "client identifier assigned: auto-7" in text
 
 
 def test_wear_is_what_norsim_counted(tmp_path):
