@@ -247,7 +247,9 @@ class Store5(Store):
             self._unrecorded = False
         if not self._maximum_qos:
             self._ready()
-        pos = self.session.out[packet_id] >> 2  # a record may have moved it
+        pos = self.session.out.get(packet_id, 0) >> 2  # the record may have moved it
+        if not pos:
+            return off  # or found that it is not readable any more
         n = journal.load(pos) - 8
         at = self._topic_at(pos)
         if n >= 0 and (self._sent_at != at or self._sent_seq != journal.seq_of(at)):
@@ -401,7 +403,7 @@ class Store5(Store):
         return len(self._later) - len(self._due)
 
     def retry(self):
-        """Have the messages that the broker had no quota for sent anew, in their order, before anything new."""
+        """Have fill() send anew the messages that the broker had no quota for, in their order, before any others."""
         self._due = [packet_id for packet_id in reversed(self.session.order()) if packet_id in self._later]
 
     def _exempt(self):
