@@ -8,8 +8,8 @@ properties, and so is by 3.1.1 one that was recorded by version 5.
 The age of a message: two lines of time go on with the clock as long as the program runs, wall time and powered
 seconds.  After a restart both go on from the newest that the journal knows, wall time until the clock is set.  A
 message has a stamp of wall time if the clock was set when it was published, else of powered seconds, and its age is how
-far the same line has come since.  So it is exact if the clock was set both times; otherwise time without power counts
-for nothing, and a message is rather sent too late than dropped too early.
+far the same line has come since.  So it is exact if the clock was set both times; otherwise time without power, and
+before the store was made, counts for nothing, and a message is rather sent too late than dropped too early.
 """
 
 from struct import pack, pack_into, unpack_from
