@@ -26,11 +26,12 @@ class ConnectRefused(MQTTError):
     happened.
     """
 
-    def __init__(self, return_code):
+    def __init__(self, return_code, told=None):
         self.return_code = return_code
         self.lasting = return_code != 3
         super().__init__(
-            "broker refused the connection: "
+            told
+            or "broker refused the connection: "
             + {
                 1: "it does not speak MQTT 3.1.1",
                 2: "it does not accept the client_id",

@@ -48,8 +48,8 @@ class ConnectRefused5(ConnectRefused):
     """
 
     def __init__(self, reason_code, properties):
-        MQTTError.__init__(self, _told("broker refused the connection", reason_code, properties))
-        self.return_code = self.reason_code = reason_code
+        super().__init__(reason_code, _told("broker refused the connection", reason_code, properties))
+        self.reason_code = reason_code
         self.properties = properties
         self.lasting = reason_code in _LASTING
 
