@@ -175,7 +175,9 @@ class Client5(Client):
             raise Violation(0x82, "CONNACK with another authentication method")  # [MQTT-4.12.0-5, -6]
         if decoder.reason_code:
             raise Violation(0x82, "CONNACK with reason code 0x%02x" % decoder.reason_code)
-        self.client_id = self.client_id or found.get("assigned_client_identifier", "")  # [MQTT-3.2.2-16]
+        self.client_id = self.client_id or found.get("assigned_client_identifier", "")
+        if not self.client_id:
+            raise Violation(0x82, "CONNACK without an assigned client identifier")  # [MQTT-3.2.2-16]
         self._keep_alive(found.get("server_keep_alive", self._broker["keep_alive_s"]))  # [MQTT-3.2.2-21]
         self.store.limits(
             found.get("receive_maximum", 65535),
@@ -208,8 +210,8 @@ class Client5(Client):
                 most = self.connack.get("maximum_packet_size", _LARGEST)
                 block = encode(properties, PUBLISH)
                 n = len(block) + len(payload) + len(name) + _HEAD
-                if n > most and self.connected:
-                    raise ValueError("the broker takes packets of %d bytes at most" % most)  # [MQTT-3.2.2-15]
+                if self.connected:
+                    self._check_size(n - _HEAD + 2)
                 alias = 0
                 if n <= min(most, len(self._send)) and self._quick and not self._outbox:
                     # It goes out now, so the broker knows the alias when another message has it.
@@ -223,9 +225,17 @@ class Client5(Client):
                 # On the wire they stand together, and there is no store between.
                 payload = block + payload
                 properties = None
+            elif self.connected:
+                self._check_size(len(encode(properties, PUBLISH)) + len(payload) + len(check_topic(topic)) + 4)
         except Exception as e:
             return failed(e)
         return super().publish(topic, payload, qos, retain, mark, properties)
+
+    def _check_size(self, length):
+        """Raise ValueError if the broker takes no packet with that remaining length."""
+        most = self.connack.get("maximum_packet_size", _LARGEST)
+        if length + 1 + packet5.remaining_length_size(length) > most:
+            raise ValueError("the broker takes packets of %d bytes at most" % most)  # [MQTT-3.2.2-15]
 
     def _check_taken(self, qos, retain):
         found = self.connack
@@ -292,6 +302,7 @@ class Client5(Client):
             text = "%s/%s/responses" % (text, self.client_id)
             await self.subscribe(text, 1)
             self._answers_to = text
+            self._handlers.insert(0, (text, self._on_response))  # before one of the program's that would match
         key = urandom(8)
         call = self._calls[key] = Waiter()
         try:
@@ -375,12 +386,13 @@ class Client5(Client):
                 came.add(packet_id)
         if decoder.payload is None and not self._files:
             raise Violation(0x95, "a message over %d bytes" % self._limit)  # [MQTT-3.1.2-24]
-        if self._calls and decoder.topic == self._answers_to:
-            call = self._calls.get(decoder.properties.get("correlation_data"))
-            if call is not None:
-                call.result = self._Message(decoder, self._epoch)
-                call.event.set()
         return super()._on_publish()
+
+    def _on_response(self, message):
+        call = self._calls.get(message.properties.get("correlation_data"))
+        if call is not None:
+            call.result = message
+            call.event.set()
 
     def _on_other(self, kind, packet_id):
         decoder = self._decoder
@@ -413,6 +425,15 @@ class Client5(Client):
                     if request.packet_id == decoder.packet_id:
                         request.result = decoder.payload[0]
         super()._on_granted(kind)
+
+    def _submit(self, request):
+        most = self.connack.get("maximum_packet_size", _LARGEST)
+        if len(self._encode_request(request, request.filter.encode())) > most:  # [MQTT-3.2.2-15]
+            self._requests = [other for other in self._requests if other is not request]
+            request.result = 0x95
+            request.event.set()
+        else:
+            super()._submit(request)
 
     def _encode_request(self, request, topic_filter):
         if request.options is None:
