@@ -1,10 +1,11 @@
-"""The packet types of MQTT 3.1.1 section 2.2.1, for tools and tests; the library knows only those a client needs."""
+"""The packet types of MQTT 3.1.1 section 2.2.1 and MQTT 5 section 2.1.2, for tools and tests; the library knows only
+those that a client needs."""
 
 CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP = 1, 2, 3, 4, 5, 6, 7
 SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT = 8, 9, 10, 11, 12, 13, 14
 
-# By type; 0 and 15 are reserved.
+# By type; 0 is reserved, 15 in MQTT 3.1.1.
 NAMES = (
     "? CONNECT CONNACK PUBLISH PUBACK PUBREC PUBREL PUBCOMP SUBSCRIBE SUBACK UNSUBSCRIBE UNSUBACK PINGREQ PINGRESP "
-    "DISCONNECT ?"
+    "DISCONNECT AUTH"
 ).split()
