@@ -28,8 +28,8 @@ SECRET = "Kennwort-4711"
 
 class Rig:
     """A broker, a flash and the client on it.  more: arguments of Client; in_flight, when_full, grace_ms (without it:
-    always durable), clean, client_id, username, keep_alive_s: of its configuration.  fresh: the journal has known no
-    session with this broker."""
+    always durable), clean, client_id, username, keep_alive_s, version, expiry_s: of its configuration.  fresh: the
+    journal has known no session with this broker."""
 
     def __init__(self, broker, size=65536, fresh=False, **more):
         self.broker = broker
@@ -53,9 +53,14 @@ class Rig:
                 "username": options.pop("username", None),
                 "password": options.pop("password", None),
                 "keep_alive_s": options.pop("keep_alive_s", 60),
+                "version": options.pop("version", 4),
             },
             "client_id": options.pop("client_id", "p7"),
-            "session": {"clean": options.pop("clean", False), "in_flight": options.pop("in_flight", 16)},
+            "session": {
+                "clean": options.pop("clean", False),
+                "in_flight": options.pop("in_flight", 16),
+                "expiry_s": options.pop("expiry_s", 604800),
+            },
             "journal": {
                 "home": "ram",
                 "size_kib": 64,
@@ -92,11 +97,11 @@ class Rig:
         await until(lambda: self.client.connected and self.broker.connections >= number, "connection %d" % number)
 
 
-def play(scenario, script=(), start=True, **options):
+def play(scenario, script=(), start=True, says=None, **options):
     """Run scenario(rig): a broker with this script, a client that is started unless told otherwise."""
 
     async def run():
-        async with FakeBroker(script) as broker:
+        async with FakeBroker(script, says) as broker:
             rig = Rig(broker, **options)
             try:
                 if start:
@@ -106,6 +111,13 @@ def play(scenario, script=(), start=True, **options):
                 await rig.client.close()
 
     asyncio.run(run())
+
+
+def hurry(client, keep_alive_ms):
+    """Before the start: a keep-alive of milliseconds, whatever CONNACK says of it, and a pulse each millisecond."""
+    client._keep_alive = lambda keep_alive_s: None
+    client._keep_alive_ms = keep_alive_ms
+    client._pulse_ms = 1
 
 
 async def raised(awaitable, kind):
@@ -219,7 +231,9 @@ def test_connect_carries_what_was_configured():
         assert connect.keep_alive_s == 77 and not connect.clean
         assert connect.will == ("gone", b"bye", 1, True)
 
-    play(scenario, username="plant", password=SECRET, keep_alive_s=77, will=("gone", "bye", 1, True))
+    will = ("gone", "bye", 1, True)
+    for version in (4, 5):
+        play(scenario, username="plant", password=SECRET, keep_alive_s=77, will=will, version=version)
 
 
 def test_connect_is_plain_without_options():
@@ -255,7 +269,8 @@ def test_new_journal_connects_clean_first_then_persistently():
         assert rig.broker.trace() == ["CONNECT clean", "DISCONNECT", "CONNECT", "CONNECT"]
         assert rig.client.session_present
 
-    play(scenario, fresh=True)
+    for version in (4, 5):
+        play(scenario, fresh=True, version=version)
 
 
 def test_clean_connect_is_repeated_until_it_was_answered():
@@ -267,7 +282,7 @@ def test_clean_connect_is_repeated_until_it_was_answered():
 
 
 def test_other_client_id_begins_a_new_session_and_keeps_the_messages():
-    """[MQTT-3.1.3-2]"""
+    """[MQTT-3.1.3-2] [MQTT5-3.1.3-2]"""
     async def scenario(rig):
         await rig.client.publish("a", b"1", qos=2)
         await rig.client.publish("a", b"2", qos=1)
@@ -283,7 +298,8 @@ def test_other_client_id_begins_a_new_session_and_keeps_the_messages():
         ]
         assert rig.broker.packets[-1].connection == 3
 
-    play(scenario, [(1, "PUBLISH", 0, "ignored")])
+    for version in (4, 5):
+        play(scenario, [(1, "PUBLISH", 0, "ignored")], version=version)
 
 
 def test_other_broker_begins_a_new_session():
@@ -308,7 +324,8 @@ def test_clean_session_connects_clean_each_time_and_still_loses_nothing():
         assert await rig.client.drain(20)
         assert rig.broker.trace() == ["CONNECT clean", "PUBLISH 1 1", "CONNECT clean", "PUBLISH 1 1"]
 
-    play(scenario, [(1, "PUBLISH", 1, "ignored")], clean=True)
+    for version in (4, 5):
+        play(scenario, [(1, "PUBLISH", 1, "ignored")], clean=True, version=version)
 
 
 def test_clean_session_sends_a_qos_2_message_again_that_was_not_completed():
@@ -320,7 +337,8 @@ def test_clean_session_sends_a_qos_2_message_again_that_was_not_completed():
             "CONNECT clean", "PUBLISH 1 1", "PUBREL 1", "CONNECT clean", "PUBLISH 1 1", "PUBREL 1"
         ]  # fmt: skip
 
-    play(scenario, [(1, "PUBREL", 1, "lost")], clean=True)
+    for version in (4, 5):
+        play(scenario, [(1, "PUBREL", 1, "lost")], clean=True, version=version)
 
 
 # Rules 8 and 9: the session is there, or it is not.
@@ -335,7 +353,9 @@ async def _three_unacknowledged(rig):
 
 
 def test_session_present_resends_with_dup_same_id_in_order_before_anything_new_and_once():
-    """[MQTT-2.3.1-3] [MQTT-3.3.1-1] [MQTT-3.3.1-3] [MQTT-4.3.2-1] [MQTT-4.6.0-1]"""
+    """[MQTT-2.3.1-3] [MQTT-3.3.1-1] [MQTT-3.3.1-3] [MQTT-4.3.2-1] [MQTT-4.6.0-1] [MQTT5-3.3.1-1] [MQTT5-4.3.2-3]
+    [MQTT5-4.4.0-1] [MQTT5-4.6.0-1]
+    """
     async def scenario(rig):
         await _three_unacknowledged(rig)
         await rig.broker.stop()
@@ -348,11 +368,14 @@ def test_session_present_resends_with_dup_same_id_in_order_before_anything_new_a
         assert rig.broker.trace(2) == expected
         assert rig.client.stats()["resent"] == 3
 
-    play(scenario, SILENT)
+    for version in (4, 5):
+        play(scenario, SILENT, version=version)
 
 
 def test_session_present_resends_the_same_after_a_reboot():
-    """[MQTT-2.3.1-3] [MQTT-3.1.2-4] [MQTT-3.3.1-1] [MQTT-4.4.0-1]"""
+    """[MQTT-2.3.1-3] [MQTT-3.1.2-4] [MQTT-3.3.1-1] [MQTT-4.4.0-1] [MQTT5-3.1.2-23] [MQTT5-3.3.1-1] [MQTT5-4.1.0-1]
+    [MQTT5-4.4.0-1]
+    """
     async def scenario(rig):
         await _three_unacknowledged(rig)
         client = await rig.reboot()
@@ -361,14 +384,15 @@ def test_session_present_resends_the_same_after_a_reboot():
         expected = ["CONNECT", "PUBLISH 1 dup a", "PUBLISH 2 dup b", "PUBLISH 3 dup c", "PUBLISH 4 d"]
         assert rig.broker.trace(2) == expected
 
-    play(scenario, SILENT)
+    for version in (4, 5):
+        play(scenario, SILENT, version=version)
 
 
 def test_no_session_sends_as_new_subscribes_again_and_tells_the_application():
-    told = []
-
+    """[MQTT5-3.2.2-5]"""
     async def scenario(rig):
         client = rig.client
+        told = []
         client.on_connect = told.append
         await client.start()
         assert await client.subscribe("cmd/#", 2) == 2
@@ -383,7 +407,8 @@ def test_no_session_sends_as_new_subscribes_again_and_tells_the_application():
         assert told == [False, False] and not client.session_present
 
     script = [(1, "PUBLISH", 1, "ignored"), (1, "PUBREL", 1, "ignored"), (2, "CONNECT", 1, "present 0")]
-    play(scenario, script, start=False)
+    for version in (4, 5):
+        play(scenario, script, start=False, version=version)
 
 
 def test_session_present_is_told():
@@ -453,21 +478,25 @@ def _lose(reboot):
             if not (reboot and flavour == "answered"):
                 assert trace[1 : 1 + len(again)] == again and "dup" not in " ".join(trace[1 + len(again) :]), case
 
-        play(scenario, [(1, name, 1, flavour)], backoff_ms=(600000, 600000) if reboot else (1, 8))
+        for version in (4, 5):
+            backoff_ms = (600000, 600000) if reboot else (1, 8)
+            play(scenario, [(1, name, 1, flavour)], backoff_ms=backoff_ms, version=version)
 
 
 def test_lost_link_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
-    """[MQTT-4.1.0-2] [MQTT-4.3.2-1] [MQTT-4.3.3-1]"""
+    """[MQTT-4.1.0-2] [MQTT-4.3.2-1] [MQTT-4.3.3-1] [MQTT5-4.3.2-3] [MQTT5-4.3.3-3] [MQTT5-4.3.3-5] [MQTT5-4.3.3-6]
+    [MQTT5-4.4.0-1]
+    """
     _lose(reboot=False)
 
 
 def test_lost_power_at_each_step_loses_nothing_and_doubles_nothing_at_qos_2():
-    """[MQTT-4.1.0-1]"""
+    """[MQTT-4.1.0-1] [MQTT5-3.1.2-23] [MQTT5-4.1.0-1]"""
     _lose(reboot=True)
 
 
 def test_publish_is_not_sent_again_after_its_pubrec():
-    """[MQTT-4.3.3-1]"""
+    """[MQTT-4.3.3-1] [MQTT5-4.3.3-3] [MQTT5-4.3.3-5] [MQTT5-4.3.3-6]"""
     async def scenario(rig):
         await rig.client.publish("t", "a", qos=2)
         await rig.broker.expect("PUBREL 1")
@@ -476,7 +505,8 @@ def test_publish_is_not_sent_again_after_its_pubrec():
             await rig.broker.expect("PUBREL 1", n)
         assert len(rig.broker.named("PUBLISH")) == 1
 
-    play(scenario, [(0, "PUBREL", 0, "silent")])
+    for version in (4, 5):
+        play(scenario, [(0, "PUBREL", 0, "silent")], version=version)
 
 
 def test_link_that_delivers_byte_by_byte_is_understood():
@@ -506,7 +536,8 @@ def test_publish_larger_than_the_send_buffer_goes_out_whole():
         await until(lambda: len(rig.broker.delivered) == 3)
         assert {payload.encode()} == {p for _, p, _ in rig.broker.delivered}
 
-    play(scenario)
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 def test_retain_and_topic_reach_the_broker():
@@ -520,7 +551,8 @@ def test_retain_and_topic_reach_the_broker():
         found = {(p.qos, p.topic, p.retain) for p in rig.broker.named("PUBLISH")}
         assert found == {(qos, t, t == "r/ä") for qos in (0, 1, 2) for t in ("r/ä", "r/b")}
 
-    play(scenario)
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 # Acknowledgements of nothing.
@@ -568,7 +600,8 @@ def test_window_is_held_exactly_also_after_reconnect_and_reboot():
         await turns()
         assert rig.broker.trace(3) == expected
 
-    play(scenario, [(0, "PUBLISH", 0, "silent")], in_flight=3)
+    for version in (4, 5):
+        play(scenario, [(0, "PUBLISH", 0, "silent")], in_flight=3, version=version)
 
 
 def test_window_counts_messages_that_wait_for_pubcomp():
@@ -581,7 +614,8 @@ def test_window_counts_messages_that_wait_for_pubcomp():
         await rig.broker.send(ack("PUBCOMP", 1))
         await rig.broker.expect("PUBLISH 3 2")
 
-    play(scenario, [(0, "PUBREL", 0, "silent")], in_flight=2)
+    for version in (4, 5):
+        play(scenario, [(0, "PUBREL", 0, "silent")], in_flight=2, version=version)
 
 
 # Messages to the program.
@@ -605,7 +639,7 @@ class Gate:
 
 
 def test_puback_and_pubrec_go_out_only_when_the_handler_has_returned():
-    """[MQTT-3.3.4-1]"""
+    """[MQTT-3.3.4-1] [MQTT5-3.3.4-1] [MQTT5-4.3.2-4] [MQTT5-4.3.3-8]"""
     for qos, answer in ((1, "PUBACK 7"), (2, "PUBREC 7")):
 
         async def scenario(rig):
@@ -618,7 +652,8 @@ def test_puback_and_pubrec_go_out_only_when_the_handler_has_returned():
             held.gate.set()
             await rig.broker.expect(answer)
 
-        play(scenario)
+        for version in (4, 5):
+            play(scenario, version=version)
 
 
 def test_message_tells_topic_payload_qos_retain_dup_token():
@@ -698,7 +733,7 @@ def test_first_handler_that_matches_is_called_and_the_same_filter_replaces_it():
 
 
 def test_qos_2_message_is_handled_once_however_often_it_is_sent_before_pubrel():
-    """[MQTT-3.3.1-3] [MQTT-4.3.3-2]"""
+    """[MQTT-3.3.1-3] [MQTT-4.3.3-2] [MQTT5-4.3.3-10] [MQTT5-4.3.3-12]"""
     async def scenario(rig):
         held = Gate(rig.client)
         await rig.up()
@@ -716,11 +751,12 @@ def test_qos_2_message_is_handled_once_however_often_it_is_sent_before_pubrel():
         assert held.texts == ["a", "b"]
         assert rig.client.stats()["duplicates"] == 2
 
-    play(scenario, [(0, "PUBREC", 0, "silent")])
+    for version in (4, 5):
+        play(scenario, [(0, "PUBREC", 0, "silent")], version=version)
 
 
 def test_qos_2_message_is_handled_once_over_reconnects_and_reboots():
-    """[MQTT-3.1.2-4] [MQTT-4.1.0-1]"""
+    """[MQTT-3.1.2-4] [MQTT-4.1.0-1] [MQTT5-3.1.2-23] [MQTT5-4.3.3-10]"""
     async def scenario(rig):
         held = Gate(rig.client)
         held.gate.set()
@@ -739,7 +775,8 @@ def test_qos_2_message_is_handled_once_over_reconnects_and_reboots():
         await rig.broker.expect("PUBCOMP 5")
         assert held.texts == ["a"] and again.texts == []
 
-    play(scenario, [(0, "PUBREC", 0, "silent")])
+    for version in (4, 5):
+        play(scenario, [(0, "PUBREC", 0, "silent")], version=version)
 
 
 def test_qos_2_message_is_handled_once_when_the_link_drops_while_the_handler_runs():
@@ -761,6 +798,7 @@ def test_qos_2_message_is_handled_once_when_the_link_drops_while_the_handler_run
 
 
 def test_handler_of_an_old_session_answers_nobody_in_a_new_one():
+    """[MQTT5-3.2.2-5]"""
     async def scenario(rig):
         held = Gate(rig.client)
         await rig.up()
@@ -775,7 +813,8 @@ def test_handler_of_an_old_session_answers_nobody_in_a_new_one():
         await rig.broker.expect("PUBCOMP 5")
         assert held.texts == ["old", "new"] and rig.broker.trace(2) == ["CONNECT", "PUBREC 5", "PUBCOMP 5"]
 
-    play(scenario)
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 def test_token_is_the_same_when_power_fails_before_the_record_and_else_new():
@@ -1298,7 +1337,8 @@ def test_subscription_is_not_sent_again_while_the_broker_has_it():
         assert await client.subscribe("f", 2) == 2  # something else
         assert len(rig.broker.named("SUBSCRIBE")) == 2
 
-    play(scenario)
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 def test_subscription_is_sent_again_when_the_link_is_lost_before_suback():
@@ -1308,7 +1348,8 @@ def test_subscription_is_sent_again_when_the_link_is_lost_before_suback():
             assert await rig.client.subscribe("f", 2) == 2
             assert rig.broker.trace() == ["CONNECT", "SUBSCRIBE 65024 f", "CONNECT", "SUBSCRIBE 65024 f"]
 
-        play(scenario, [(1, "SUBSCRIBE", 1, flavour)])
+        for version in (4, 5):
+            play(scenario, [(1, "SUBSCRIBE", 1, flavour)], version=version)
 
 
 def test_subscription_is_made_again_by_itself_when_the_broker_lost_the_session():
@@ -1318,7 +1359,8 @@ def test_subscription_is_made_again_by_itself_when_the_broker_lost_the_session()
         await rig.broker.drop()
         await until(lambda: rig.broker.sessions.get("p7", ({},))[0] == {"f": 1})
 
-    play(scenario)
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 def test_subscription_is_made_again_when_a_connack_that_told_of_the_loss_was_lost_itself():
@@ -1359,7 +1401,8 @@ def test_unsubscribe_is_confirmed_and_remembered():
         assert await rig.client.subscribe("g", 1) == 1
         assert rig.broker.sessions["p7"][0] == {"g": 1}
 
-    play(scenario, [(1, "UNSUBSCRIBE", 1, "lost")])
+    for version in (4, 5):
+        play(scenario, [(1, "UNSUBSCRIBE", 1, "lost")], version=version)
 
 
 def test_subscribe_offline_is_sent_when_connected():
@@ -1373,7 +1416,7 @@ def test_subscribe_offline_is_sent_when_connected():
 
 
 def test_identifiers_of_subscribe_are_none_of_a_live_message():
-    """[MQTT-2.3.1-2]"""
+    """[MQTT-2.3.1-2] [MQTT5-2.2.1-3]"""
     async def scenario(rig):
         for n in range(3):
             await rig.client.publish("t", str(n), qos=1)
@@ -1381,7 +1424,8 @@ def test_identifiers_of_subscribe_are_none_of_a_live_message():
         await rig.client.subscribe("f", 1)
         assert rig.broker.named("SUBSCRIBE")[0].packet_id not in (1, 2, 3)
 
-    play(scenario, SILENT)
+    for version in (4, 5):
+        play(scenario, SILENT, version=version)
 
 
 # Keep-alive and links that die.
@@ -1448,15 +1492,15 @@ class _Pulses(_Clock):
 
 
 def test_ping_goes_out_in_idle_time_and_an_answer_keeps_the_link():
-    """[MQTT-3.1.2-23]"""
+    """[MQTT-3.1.2-23] [MQTT5-3.1.2-20]"""
     async def scenario(rig):
-        rig.client._keep_alive_ms = 4
-        rig.client._pulse_ms = 1
+        hurry(rig.client, 4)
         await rig.client.start()
         await rig.broker.expect("PINGREQ", 3)
         assert rig.broker.connections == 1
 
-    play(scenario, start=False)
+    for version in (4, 5):
+        play(scenario, start=False, version=version)
 
 
 def test_no_ping_without_keep_alive():
@@ -1472,15 +1516,15 @@ def test_no_ping_without_keep_alive():
 
 
 def test_half_open_link_is_noticed_by_its_own_deadline_when_idle():
-    """[MQTT-3.12.4-1]"""
+    """[MQTT-3.12.4-1] [MQTT5-3.12.4-1]"""
     async def scenario(rig):
-        rig.client._keep_alive_ms = 4
-        rig.client._pulse_ms = 1
+        hurry(rig.client, 4)
         await rig.client.start()
         await rig.up(2)
         assert rig.client.last_error.errno == 110 or "no longer answers" in str(rig.client.last_error)
 
-    play(scenario, [(1, "PINGREQ", 0, "ignored")], start=False, answer_ms=200)
+    for version in (4, 5):
+        play(scenario, [(1, "PINGREQ", 0, "ignored")], start=False, answer_ms=200, version=version)
 
 
 def test_half_open_link_is_noticed_long_before_keep_alive_when_a_message_waits():
@@ -2229,7 +2273,7 @@ def test_flood_of_qos_0_is_bounded_and_keeps_neither_messages_nor_acknowledgemen
 
 
 def test_close_flushes_and_sends_disconnect_and_nothing_after_it():
-    """[MQTT-3.14.4-2]"""
+    """[MQTT-3.14.4-2] [MQTT5-3.14.4-1]"""
     async def scenario(rig):
         client = rig.client
         await rig.up()
@@ -2242,7 +2286,8 @@ def test_close_flushes_and_sends_disconnect_and_nothing_after_it():
         assert len(trace) == 7 and trace[-1] == "DISCONNECT" and "PUBLISH 1 1" in trace
         assert not client.connected
 
-    play(scenario)
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 def test_close_sends_disconnect_also_after_a_connection_that_failed():
