@@ -14,22 +14,29 @@ from brokers import Mosquitto
 from fakebroker import turns
 from mqtt_durable.client import Client
 from mqtt_durable.errors import ConnectRefused, JournalUnavailable
+from mqtt_durable.reasons import MessageRefused
 from norsim import Nor, PowerCut
 from packet_types import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from proxy import DOWN, UP, Proxy
 
 PATIENCE_S = 60
 
 
 class Far:
-    """A paho client with a persistent session.  .payloads: what it has received, in order."""
+    """A paho client with a persistent session.  .payloads: what it has received, in order; .messages: all of it."""
 
-    def __init__(self, broker, name="far", clean=False):
+    def __init__(self, broker, name="far", clean=False, version=4):
         self.payloads = []
         self.retained = []
+        self.messages = []
         self._connected = threading.Event()
         self._subscribed = queue.Queue()
-        self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, name, clean_session=clean)
+        if version == 5:
+            self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5)
+        else:
+            self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, name, clean_session=clean)
         self.client.on_connect = lambda *_: self._connected.set()
         self.client.on_subscribe = lambda *_: self._subscribed.put(True)
         self.client.on_message = self._on_message
@@ -39,14 +46,21 @@ class Far:
 
     def _on_message(self, client, userdata, message):
         self.retained.append(message.retain)
+        self.messages.append(message)
         self.payloads.append(message.payload.decode())
 
     def subscribe(self, topic_filter):
         self.client.subscribe(topic_filter, 2)
         self._subscribed.get(timeout=PATIENCE_S)
 
-    def publish(self, topic, payload, qos=2, retain=False):
-        self.client.publish(topic, payload, qos, retain).wait_for_publish(PATIENCE_S)
+    def publish(self, topic, payload, qos=2, retain=False, **properties):
+        """properties: of MQTT 5, by paho's names."""
+        found = None
+        if properties:
+            found = Properties(PacketTypes.PUBLISH)
+            for name, value in properties.items():
+                setattr(found, name, value)
+        self.client.publish(topic, payload, qos, retain, found).wait_for_publish(PATIENCE_S)
 
     def close(self):
         self.client.disconnect()
@@ -66,9 +80,10 @@ def make(port, nor=None, **more):
             "username": more.pop("username", None),
             "password": more.pop("password", None),
             "keep_alive_s": 60,
+            "version": more.pop("version", 4),
         },
         "client_id": more.pop("client_id", "p7"),
-        "session": {"clean": False, "in_flight": 8},
+        "session": {"clean": False, "in_flight": 8, "expiry_s": more.pop("expiry_s", 604800)},
         "journal": {"home": "ram", "size_kib": 64, "when_full": "wait"},
     }
     more.setdefault("backoff_ms", (10, 100))
@@ -182,8 +197,8 @@ def test_link_in_single_bytes_with_large_and_small_messages():
 
 
 def test_broker_restarts_lose_and_double_nothing():
-    async def scenario(broker, other):
-        async with make(broker.port) as client:
+    async def scenario(broker, other, version):
+        async with make(broker.port, version=version) as client:
             got = []
             client.on("#", lambda message: got.append(message.payload.decode()))
             await client.subscribe("in", 2)
@@ -200,13 +215,14 @@ def test_broker_restarts_lose_and_double_nothing():
             await until(lambda: len(got) >= 90)
             assert got == [str(n) for n in range(90)]
 
-    with Mosquitto() as broker:
-        with far(broker) as other:
-            other.subscribe("out")
-        asyncio.run(scenario(broker, other))
-        with far(broker) as other:
-            asyncio.run(until(lambda: len(other.payloads) >= 90))
-            assert other.payloads == [str(n) for n in range(90)]
+    for version in (4, 5):
+        with Mosquitto() as broker:
+            with far(broker) as other:
+                other.subscribe("out")
+            asyncio.run(scenario(broker, other, version))
+            with far(broker) as other:
+                asyncio.run(until(lambda: len(other.payloads) >= 90))
+                assert other.payloads == [str(n) for n in range(90)]
 
 
 def test_broker_that_forgot_everything_gets_messages_and_subscriptions_again():
@@ -411,6 +427,190 @@ def test_qos_is_granted_by_the_broker():
 
     with Mosquitto() as broker:
         asyncio.run(scenario(broker))
+
+
+# MQTT 5.
+
+
+def test_properties_go_there_and_come_back_at_each_qos():
+    """[MQTT5-7.0.0-2]"""
+    async def scenario(broker, other):
+        got = []
+        async with make(broker.port, version=5) as client:
+            client.on("in", got.append)
+            assert await client.subscribe("in", 2, identifier=300) == 2
+            properties = {
+                "payload_format_indicator": 1,
+                "content_type": "text/plain",
+                "response_topic": "answers",
+                "correlation_data": b"\x00\xff",
+                "user_properties": [("b", "1"), ("a", "\u00e4"), ("b", "1")],
+            }
+            for qos in (0, 1, 2):
+                await client.publish("out", str(qos), qos=qos, properties=dict(properties, message_expiry_interval=100))
+            await settled(client)
+            await until(lambda: len(other.messages) == 3)
+            for message in other.messages:
+                found = message.properties
+                assert (found.PayloadFormatIndicator, found.ContentType) == (1, "text/plain")
+                assert (found.ResponseTopic, found.CorrelationData) == ("answers", b"\x00\xff")
+                assert found.UserProperty == properties["user_properties"]
+                assert 90 < found.MessageExpiryInterval <= 100
+            for qos in (0, 1, 2):
+                other.publish(
+                    "in", str(qos), qos, PayloadFormatIndicator=1, ContentType="text/plain", ResponseTopic="answers",
+                    CorrelationData=b"\x00\xff", UserProperty=properties["user_properties"],
+                )  # fmt: skip
+            await until(lambda: len(got) == 3)
+            expected = dict(properties, subscription_identifiers=[300])
+            assert [m.properties for m in got] == [expected] * 3 and [m.qos for m in got] == [0, 1, 2]
+            assert client.connections == 1 and client.stats()["protocol_errors"] == 0
+
+    with Mosquitto() as broker, far(broker, version=5) as other:
+        other.subscribe("out")
+        asyncio.run(scenario(broker, other))
+
+
+def test_session_that_expired_at_the_broker_begins_anew_and_loses_no_message():
+    async def scenario(broker):
+        nor = Nor(65536)
+        told = []
+        async with make(broker.port, nor, version=5, expiry_s=1) as client:
+            client.on_connect = told.append
+            await client.subscribe("in", 2)
+        await until(lambda: [line for line in broker.log if "Expiring client p7" in line], "the end of the session")
+        async with make(broker.port, nor, version=5, expiry_s=1) as client:
+            client.on_connect = told.append
+            got = []
+            client.on("in", lambda message: got.append(message.payload))
+            await client.subscribe("in", 2)  # which the broker has no longer
+            await client.publish("in", "kept", qos=2)
+            await settled(client)
+            await until(lambda: got == [b"kept"])
+        assert told == [False, False]
+
+    with Mosquitto() as broker:
+        asyncio.run(scenario(broker))
+
+
+def test_shared_subscription_has_each_message_handled_once():
+    async def scenario(broker, other):
+        got = []
+        async with make(broker.port, version=5, client_id="a") as a, make(broker.port, version=5, client_id="b") as b:
+            for client in (a, b):
+                client.on("$share/g/in/+", lambda message, client=client: got.append((client, message.payload)))
+                assert await client.subscribe("$share/g/in/+", 2) == 2
+            for n in range(20):
+                other.publish("in/%d" % n, str(n))
+            await until(lambda: len(got) >= 20)
+            await turns()
+            assert sorted(int(payload) for _, payload in got) == list(range(20))
+            assert {client for client, _ in got} == {a, b}
+
+    with Mosquitto() as broker, far(broker) as other:
+        asyncio.run(scenario(broker, other))
+
+
+def test_repeated_topics_go_as_aliases_that_the_broker_resolves():
+    async def scenario(broker, other):
+        async with make(broker.port, version=5) as client:
+            await until(lambda: client.connected)
+            expected = []
+            for n in range(36):
+                topic = "plant/%d/temperature" % (n % 12)
+                expected.append((topic, str(n)))
+                await client.publish(topic, str(n), qos=2, properties={"content_type": "c"} if n % 2 else None)
+            await settled(client)
+            assert 0 < len(client.store._aliases) <= client.connack["topic_alias_maximum"]
+            await until(lambda: len(other.messages) == 36)
+            assert [(m.topic, m.payload.decode()) for m in other.messages] == expected
+            assert client.connections == 1
+
+    with Mosquitto() as broker, far(broker, version=5) as other:
+        other.subscribe("plant/#")
+        asyncio.run(scenario(broker, other))
+
+
+def test_limits_of_the_broker_are_kept():
+    async def scenario(broker, other):
+        async with make(broker.port, version=5) as client:
+            large = await client.publish("out", "x" * 300, qos=1)  # not yet connected
+            refused = asyncio.create_task(client.acknowledged(large))
+            await until(refused.done)
+            assert isinstance(refused.exception(), MessageRefused) and refused.exception().reason_code == 0x95
+            try:
+                await client.publish("out", "x" * 300, qos=2)
+                raise AssertionError("accepted")
+            except ValueError:
+                pass
+            for n in range(40):
+                await client.publish("out", str(n), qos=2)
+            await settled(client)
+            await until(lambda: len(other.payloads) == 40)
+            assert other.payloads == [str(n) for n in range(40)] and client.connections == 1
+            assert client.connack["receive_maximum"] == 3 and client.connack["server_keep_alive"] == 30
+
+    with Mosquitto(max_inflight_messages=3, max_packet_size=200, max_keepalive=30) as broker, far(broker) as other:
+        other.subscribe("out")
+        asyncio.run(scenario(broker, other))
+
+
+def test_client_identifier_that_the_broker_assigns_names_the_session_from_then_on():
+    async def scenario(broker):
+        nor = Nor(65536)
+        names = []
+        for _ in range(2):
+            async with make(broker.port, nor, version=5, client_id="") as client:
+                await client.acknowledged(await client.publish("out", "x", qos=2))
+                names.append((client.client_id, client.session_present))
+        assert names[0][0] and names[0][0] == names[1][0] and names[1][1]
+
+    with Mosquitto() as broker:
+        asyncio.run(scenario(broker))
+
+
+def test_will_with_a_delay_is_not_published_by_who_is_back_before_it_and_has_its_properties():
+    async def scenario(link, other):
+        nor = Nor(65536)
+        for delay, text in ((60, "never"), (0, "gone")):
+            will = ("will", text, 1, False, {"will_delay_interval": delay, "content_type": "c"})
+            async with make(link.port, nor, version=5, will=will) as client:
+                await client.acknowledged(await client.publish("will", "here"))
+                link.cut()
+                await client.acknowledged(await client.publish("will", "back"))
+        await until(lambda: other.payloads.count("back") == 2 and "gone" in other.payloads)
+        assert sorted(other.payloads) == ["back", "back", "gone", "here", "here"]
+        [gone] = [m for m in other.messages if m.payload == b"gone"]
+        assert gone.properties.ContentType == "c"
+
+    with Mosquitto() as broker, Proxy(broker.port) as link, far(broker, version=5) as other:
+        other.subscribe("will")
+        asyncio.run(scenario(link, other))
+
+
+def test_retained_messages_come_as_the_subscription_says():
+    async def scenario(broker, other):
+        other.publish("kept", "r", retain=True)
+        got = []
+        async with make(broker.port, version=5) as client:
+            client.on("kept", lambda message: got.append((message.payload, message.retain)))
+            for handling, more in ((2, []), (0, [(b"r", True)]), (1, [])):
+                got.clear()
+                await client.subscribe("kept", 1, retain_handling=handling)
+                await client.publish("kept", "end", qos=1)
+                await until(lambda: (b"end", False) in got)
+                assert got == more + [(b"end", False)], (handling, got)
+            # Of another filter: mosquitto 2.0 leaves these two options as they were when a subscription is made again.
+            client.on("flag", lambda message: got.append((message.payload, message.retain)))
+            await client.subscribe("flag", 1, no_local=True, retain_as_published=True)
+            got.clear()
+            await client.publish("flag", "not to me", qos=1)
+            other.publish("flag", "yes", retain=True)
+            await until(lambda: got)
+            assert got == [(b"yes", True)]
+
+    with Mosquitto() as broker, far(broker) as other:
+        asyncio.run(scenario(broker, other))
 
 
 # All of it together, in an order drawn from a seed.
