@@ -11,9 +11,17 @@ _FILE = "%s/_test_config_%s.json" % (_HERE, sys.implementation.name)
 
 DEFAULTS = {
     "wifi": {"ssid": "net", "password": None, "country": "DE", "power_save": False},
-    "broker": {"host": "h", "port": 1883, "username": None, "password": None, "keep_alive_s": 60, "tls": None},
+    "broker": {
+        "host": "h",
+        "port": 1883,
+        "username": None,
+        "password": None,
+        "keep_alive_s": 60,
+        "version": 4,
+        "tls": None,
+    },
     "client_id": "auto",
-    "session": {"clean": False, "in_flight": 16},
+    "session": {"clean": False, "in_flight": 16, "expiry_s": 604800},
     "journal": {"home": "auto", "size_kib": 64, "when_full": "raise", "durability": "always", "grace_ms": 500},
     "log": {"level": "info", "console": "warning"},
     "telemetry": {"topic": "devices/{client_id}/telemetry", "every_s": 60, "qos": 1},
@@ -72,7 +80,7 @@ def test_what_was_given_is_not_changed():
     given = minimal(session__in_flight=3)
     filled = with_unique_id(b"\x01", config.complete, given)
     assert given == {"wifi": {"ssid": "net"}, "broker": {"host": "h"}, "session": {"in_flight": 3}}
-    assert filled["session"] == {"clean": False, "in_flight": 3}
+    assert filled["session"] == {"clean": False, "in_flight": 3, "expiry_s": 604800}
     assert config.complete(filled) == filled
 
 
@@ -103,6 +111,11 @@ RIGHT = (
     ("open network", minimal(wifi__password=None)),
     ("hexadecimal key", minimal(wifi__password="0123456789abcdef" * 4)),
     ("user and password", minimal(broker__username="u", broker__password="")),
+    ("MQTT 5", minimal(broker__version=5)),
+    ("a token as the password, MQTT 5", minimal(broker__version=5, broker__password="t")),
+    ("the broker assigns the id", minimal(broker__version=5, client_id="", telemetry__topic="t", commands=None)),
+    ("no session kept", minimal(session__expiry_s=0)),
+    ("a session for ever", minimal(session__expiry_s=4294967295)),
     ("IPv4", minimal(broker__host="192.168.1.2")),
     ("IPv6", minimal(broker__host="fe80::1")),
     ("TLS", minimal(broker__tls={"ca": "/certs/ca.der"})),
@@ -168,7 +181,37 @@ WRONG = (
     ),
     ("too often", minimal(telemetry__every_s=0), "telemetry.every_s: found 0, expected a whole number 1-86400"),
     ("list", minimal(client_id=["x"]), "client_id: found a list, expected a text of 1-128 bytes"),
-    ("empty id", minimal(client_id=""), 'client_id: found "", expected a text of 1-128 bytes'),
+    (
+        "empty id",
+        minimal(client_id=""),
+        'client_id: found "", expected a text of 1-128 bytes, because broker.version is 4',
+    ),
+    (
+        "telemetry under an id not known yet",
+        minimal(broker__version=5, client_id="", commands=None),
+        'telemetry.topic: found {client_id}, expected a topic without it, because client_id is ""',
+    ),
+    (
+        "answers under an id not known yet",
+        minimal(broker__version=5, client_id="", telemetry=None),
+        'commands: found an object, expected null, because client_id is "" and their answers hold it',
+    ),
+    (
+        "version by its name",
+        minimal(broker__version="3.1.1"),
+        'broker.version: found "3.1.1", expected 4, which is MQTT 3.1.1, or 5',
+    ),
+    ("version", minimal(broker__version=3), "broker.version: found 3, expected 4, which is MQTT 3.1.1, or 5"),
+    (
+        "session without end",
+        minimal(session__expiry_s=-1),
+        "session.expiry_s: found -1, expected a whole number 0-4294967295",
+    ),
+    (
+        "session longer than for ever",
+        minimal(session__expiry_s=4294967296),
+        "session.expiry_s: found 4294967296, expected a whole number 0-4294967295",
+    ),
     (
         "long id",
         minimal(client_id="\u00e4" * 65),
@@ -276,7 +319,7 @@ WRONG = (
     (
         "password without user",
         minimal(broker__password="x"),
-        "broker.username: found null, expected a text, because broker.password is set",
+        "broker.username: found null, expected a text, because broker.password is set and broker.version is 4",
     ),
     ("flag for TLS", minimal(broker__tls=True), "broker.tls: found true, expected null or an object"),
     ("TLS without a CA", minimal(broker__tls={}), _NO_CA),
@@ -320,7 +363,7 @@ WRONG = (
     (
         "unknown key",
         minimal(session__window=1),
-        "session.window: found an unknown key, expected one of clean, in_flight",
+        "session.window: found an unknown key, expected one of clean, in_flight, expiry_s",
     ),
     (
         "unknown section",

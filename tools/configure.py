@@ -27,8 +27,8 @@ import host  # noqa: E402
 host.install()
 
 from mqtt_durable import config as device  # noqa: E402
-from mqtt_durable.errors import ConfigError, ConnectRefused  # noqa: E402
-from mqtt_durable.packet import encode_connect  # noqa: E402
+from mqtt_durable import packet, packet5, reasons  # noqa: E402
+from mqtt_durable.errors import ConfigError, ConnectRefused, ProtocolError  # noqa: E402
 
 TIMEOUT_S = 5
 BROKER_WORDS = "host name or address of the broker"
@@ -41,6 +41,7 @@ QUESTIONS = (
     ("broker.host", BROKER_WORDS, None, None),
     ("broker.tls", "TLS: file of the CA certificate on the board, such as /certs/ca.pem", "no TLS", None),
     ("broker.port", "port of the broker", None, None),
+    ("broker.version", "MQTT version: 4, which is 3.1.1, or 5", None, None),
     ("broker.username", "user name at the broker", "none", None),
     ("broker.password", "password at the broker", "none", "broker.username"),
     ("client_id", "client identifier, or auto for one made of the board's own number", None, None),
@@ -112,7 +113,7 @@ def value_of(key, text):
         return value
     if text == "null" and default is None:
         return None
-    if kind in ("number", "sectors", "flag"):
+    if kind in ("number", "sectors", "flag", "version"):
         try:
             return json.loads(text)
         except ValueError:
@@ -287,19 +288,26 @@ def probe(config, directory, timeout_s=TIMEOUT_S):
                 link, more = _secure(link, broker, directory)
             with link:
                 name = "mqj-check-" + os.urandom(4).hex()
+                five = broker["version"] == 5
+                encode_connect = packet5.encode_connect if five else packet.encode_connect
                 link.sendall(encode_connect(name, True, 10, broker["username"], broker["password"]))
-                answer = b""
-                while len(answer) < 4:
-                    data = link.recv(4 - len(answer))
-                    if not data:
+                decoder = packet5.Decoder5() if five else packet.Decoder()
+                while not decoder.next():
+                    n = link.recv_into(decoder.space())
+                    if not n:
                         return False, "%s: closed the connection without an answer: is it an MQTT broker?" % where
-                    answer += data
-                if answer[:2] != b"\x20\x02":
+                    decoder.fed(n)
+                if decoder.type != packet.CONNACK:
                     return False, "%s: answered with something that is not MQTT" % where
-                if answer[3]:
-                    words = str(ConnectRefused(answer[3])).partition(";")[0]
+                if five and decoder.reason_code:
+                    words = reasons.text(decoder.reason_code)
+                    return False, "%s: broker refused the connection: %s" % (where, words)
+                if decoder.return_code:
+                    words = str(ConnectRefused(decoder.return_code)).partition(";")[0]
                     return False, "%s: %s" % (where, words)
                 link.sendall(b"\xe0\x00")
+    except ProtocolError:
+        return False, "%s: answered with something that is not MQTT" % where
     except (socket.gaierror, UnicodeError):  # UnicodeError: a label is empty or too long
         return False, "%s: this machine finds no such name; an address always works" % where
     except ssl.SSLCertVerificationError as e:

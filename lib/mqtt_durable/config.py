@@ -31,6 +31,7 @@ _TABLE = (
         ("username", None, "text", 0, 65535),
         ("password", None, "secret", 0, 65535),
         ("keep_alive_s", 60, "number", 0, 65535),
+        ("version", 4, "version", 4, 5),
         ("tls", None, (
             ("ca", None, "text", 1, 255),
             ("cert", None, "text", 1, 255),
@@ -40,10 +41,11 @@ _TABLE = (
             ("ntp_host", "pool.ntp.org", "host", 1, 253),
         )),
     )),
-    ("client_id", "auto", "text", 1, 128),
+    ("client_id", "auto", "client_id", 1, 128),
     ("session", False, (
         ("clean", False, "flag", 0, 1),
         ("in_flight", 16, "number", 1, 64),
+        ("expiry_s", 604800, "number", 0, 4294967295),
     )),
     ("journal", False, (
         ("home", "auto", "home", 0, 0),
@@ -76,6 +78,8 @@ _TABLE = (
 _EXPECTED = {
     "text": "a text of %d-%d bytes",
     "secret": "a text of %d-%d bytes",
+    "client_id": "a text of %d-%d bytes",
+    "version": "%d, which is MQTT 3.1.1, or %d",
     "country": 'two capital letters, such as "DE"',
     "host": "a host name or an address, without mqtt://, port and path",
     "number": "a whole number %d-%d",
@@ -188,9 +192,11 @@ def _fill(given, path, null_ok, rows, problems):
 def _check_together(config, problems):
     """Add what is wrong only in combination; every value by itself is known to be right."""
     broker = config["broker"]
-    if broker["password"] is not None and broker["username"] is None:
+    if broker["version"] == 4 and broker["password"] is not None and broker["username"] is None:
         # [MQTT-3.1.2-22]
-        problems.append("broker.username: found null, expected a text, because broker.password is set")
+        problems.append(
+            "broker.username: found null, expected a text, because broker.password is set and broker.version is 4"
+        )
     tls = broker["tls"]
     if tls:
         if tls["verify"] and tls["ca"] is None:
@@ -215,11 +221,25 @@ def _check_together(config, problems):
     if name == "auto":
         if board_id.unique_id() is None:
             problems.append(board_id.NOT_AUTO)
+    elif not name:
+        _check_without_name(config, problems)
     elif "+" in name or "#" in name:
         for section in ("telemetry", "commands"):
             if config[section] and "{client_id}" in config[section]["topic"]:
                 line = "client_id: found %s, expected no + and no #, because %s.topic holds {client_id}"
                 problems.append(line % (_shown(name), section))
+
+
+def _check_without_name(config, problems):
+    """Add what is wrong when the broker is to assign the client identifier: it is not known before."""
+    if config["broker"]["version"] == 4:
+        problems.append('client_id: found "", expected a text of 1-128 bytes, because broker.version is 4')
+        return
+    telemetry = config["telemetry"]
+    if telemetry and "{client_id}" in telemetry["topic"]:
+        problems.append('telemetry.topic: found {client_id}, expected a topic without it, because client_id is ""')
+    if config["commands"]:
+        problems.append('commands: found an object, expected null, because client_id is "" and their answers hold it')
 
 
 def _refuse_unknown(given, prefix, names, problems):
@@ -245,9 +265,9 @@ def _fits(value, kind, low, high):
     """True when value is of its kind and within its limits."""
     if kind == "flag":
         return value is True or value is False
-    if kind == "number" or kind == "sectors":
+    if kind == "number" or kind == "sectors" or kind == "version":
         # type() and not isinstance(): true is no number here.
-        return type(value) is int and low <= value <= high and (kind == "number" or value % 4 == 0)
+        return type(value) is int and low <= value <= high and (kind != "sectors" or value % 4 == 0)
     if type(value) is not str or "\0" in value:  # [MQTT-1.5.3-2]
         return False
     if kind == "full":
@@ -268,7 +288,7 @@ def _fits(value, kind, low, high):
         size = len(value.encode())
     except ValueError:  # half of a surrogate pair, from a \u escape
         return False
-    if not low <= size <= high:
+    if not low <= size <= high and (size or kind != "client_id"):
         return False
     if kind == "country":
         return "A" <= value[0] <= "Z" and "A" <= value[1] <= "Z"

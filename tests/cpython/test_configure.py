@@ -149,8 +149,8 @@ def asked(config, *answers):
 
 
 def test_questions_take_defaults_on_enter_and_ask_again_after_a_mistake(capsys):
-    # network, password (too short first), country, broker (with a mistake), TLS, port, user, id, topics
-    config, words = asked({}, "home", "short", SECRET, "", "mqtt://x", "", "10.0.0.2", "", "", "", "", "", "30", "")
+    # network, password (too short first), country, broker (with a mistake), TLS, port, version, user, id, topics
+    config, words = asked({}, "home", "short", SECRET, "", "mqtt://x", "", "10.0.0.2", "", "", "", "", "", "", "30", "")
     assert config == {
         "wifi": {"ssid": "home", "password": SECRET},
         "broker": {"host": "10.0.0.2"},
@@ -169,7 +169,7 @@ def test_questions_keep_what_is_there_and_show_no_password(capsys):
         "log": {"level": "debug"},
     }
     before = json.loads(json.dumps(config))
-    after, words = asked(config, *[""] * 12)
+    after, words = asked(config, *[""] * 13)
     assert after == before
     assert "Wi-Fi network [home] (- for none: wired): " in words
     assert "Wi-Fi password [set, not shown] (- for none: an open network): " in words
@@ -178,13 +178,19 @@ def test_questions_keep_what_is_there_and_show_no_password(capsys):
 
 def test_a_dash_takes_away(capsys):
     config = {"wifi": {"ssid": "home"}, "broker": {"host": "h", "username": "u", "password": "p"}}
-    after, words = asked(config, "-", "", "-", "", "-", "", "", "", "")
-    assert after["wifi"] is None and after["broker"]["username"] is None
+    after, words = asked(config, "-", "", "-", "", "5", "-", "", "", "", "")
+    assert after["wifi"] is None and after["broker"] == {
+        "host": "h",
+        "tls": None,
+        "version": 5,
+        "username": None,
+        "password": None,
+    }
     assert device.check(after) == [] and not [line for line in words if "password" in line]
 
 
 def test_tls_asks_for_the_ca_and_changes_the_port(capsys):
-    after, words = asked({}, "-", "h", "/certs/ca.pem", "", "", "", "", "", "")
+    after, words = asked({}, "-", "h", "/certs/ca.pem", "", "", "", "", "", "", "")
     assert after["broker"] == {"host": "h", "tls": {"ca": "/certs/ca.pem"}}
     assert "port of the broker [8883]: " in words and device.complete(after)["broker"]["port"] == 8883
 
@@ -218,6 +224,7 @@ def test_somebody_at_a_terminal_is_asked_and_passwords_are_not_echoed(tmp_path):
             (b"address of the broker", b"10.0.0.2"),
             (b"TLS", b""),
             (b"port of", b""),
+            (b"MQTT version", b""),
             (b"user name", b""),
             (b"client identifier", b"plant7"),
             (b"topic of the telemetry", b""),
@@ -267,10 +274,11 @@ def answering(answer):
 
 def test_the_broker_says_whether_it_takes_such_a_client(tmp_path):
     with Mosquitto(users={"u": "right"}) as broker:
-        good, line = probed(broker.port, tmp_path, username="u", password="right")
-        assert good and "answers and takes the client" in line
-        good, line = probed(broker.port, tmp_path, username="u", password="wrong-and-secret")
-        assert not good and ("user name" in line or "authori" in line) and "secret" not in line, line
+        for version in 4, 5:
+            good, line = probed(broker.port, tmp_path, version=version, username="u", password="right")
+            assert good and "answers and takes the client" in line
+            good, line = probed(broker.port, tmp_path, version=version, username="u", password="wrong-and-secret")
+            assert not good and ("user name" in line or "authori" in line) and "secret" not in line, line
     good, line = probed(free_port(), tmp_path)
     assert not good and "refused" in line
     good, line = probed(1883, tmp_path, host="no-such-name.invalid")
