@@ -49,7 +49,7 @@ _owners = {}  # home of a journal, or the id() that stands for it -> the client 
 
 
 class MQTTClient:
-    """An MQTT 3.1.1 client with umqtt.simple's calls whose QoS 1 and 2 messages survive power loss.
+    """An MQTT client with umqtt.simple's calls whose QoS 1 and 2 messages survive power loss.
 
     client_id, server, port, user, password, keepalive (seconds, 0: off), ssl, ssl_params: as in umqtt.simple; ssl is an
     SSLContext, or True with the arguments of ssl.wrap_socket() in ssl_params.
@@ -57,12 +57,23 @@ class MQTTClient:
     device, prog_size: a block device for the journal in place of home, and its program size in bytes.
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted in .too_large and not
     delivered.
+    version: 4, which is MQTT 3.1.1, or 5: this then makes a simple5.MQTTClient5, from which a class of a program's own
+    that speaks MQTT 5 is derived.
 
     The journal is mounted by the first call that needs it: connect(), publish() at QoS 1 and 2, .mark.  They raise
     JournalUnavailable if there is none, or if another client, with another broker or client_id, is connected and uses
     it; from one that is not connected, or is an earlier one for the same session, it is taken over.
     Raises ValueError.
     """
+
+    _Store = Store
+
+    def __new__(cls, *args, version=4, **more):
+        if version != 4:
+            from .simple5 import made
+
+            return made(cls, version, args, more)
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -82,6 +93,7 @@ class MQTTClient:
         device=None,
         prog_size=4,
         limit_bytes=16384,
+        version=4,
     ):
         self.client_id = client_id
         self.server = server
@@ -113,6 +125,7 @@ class MQTTClient:
         self.too_large = 0
         self.last_error = None  # what ended the last connection or attempt
         self._send = memoryview(bytearray(_SEND_BYTES))
+        self._encode_connect = encode_connect
         self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
         self._up = False  # the connection is there and in order
         self._stay = False  # connect() was called, and no disconnect() since
@@ -221,7 +234,7 @@ class MQTTClient:
         if self.lw_topic:
             will = self.lw_topic, self.lw_msg, self.lw_qos, self.lw_retain
         user = self.user or None
-        connect = encode_connect(self.client_id, clean, self.keepalive, user, user and self.pswd, will)
+        connect = self._encode_connect(self.client_id, clean, self.keepalive, user, user and self.pswd, will)
         self._dial()
         self._poll = select.poll()
         self._poll.register(self.sock, select.POLLIN)
@@ -295,7 +308,7 @@ class MQTTClient:
             device, prog_size, size = self._device, self._prog_size, None
             if device is None:
                 device, prog_size, size = open_home(self._home, self._home_bytes, anew)
-            store = Store(Journal(device, prog_size, size), self._in_flight, self._when_full)
+            store = self._Store(Journal(device, prog_size, size), self._in_flight, self._when_full)
             store.open()
             self.store = store
             _owners[self._key] = self
