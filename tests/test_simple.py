@@ -58,6 +58,7 @@ class Link:
         self.writes = []
         self.takes = None
         self._data = b""
+        self._version = 4
 
     # what FakeBroker needs of a writer
 
@@ -118,7 +119,8 @@ class Link:
                 length, head = length | self._data[2] << 7, 3
             if len(self._data) < head + length:
                 break
-            came = Packet(self.broker.connections, self._data[0], self._data[head : head + length])
+            came = Packet(self.broker.connections, self._data[0], self._data[head : head + length], self._version)
+            self._version = came.version
             self._data = self._data[head + length :]
             self.broker.take(came, self)
         return len(data)
@@ -137,8 +139,8 @@ class Broker(FakeBroker):
     """.link: the newest connection's.  .away: nobody listens.  .deaf: it takes nothing.  .hears: called with each
     packet that came, before it is answered."""
 
-    def __init__(self, script=(), clock=None):
-        super().__init__(script)
+    def __init__(self, script=(), clock=None, says=None):
+        super().__init__(script, says)
         self.clock = clock
         self.port = 1883
         self.link = None
@@ -153,6 +155,7 @@ class Broker(FakeBroker):
         return self.link
 
     def take(self, came, link):
+        self._resolve(came)
         self.packets.append(came)
         if self.hears:
             self.hears(came)
@@ -181,9 +184,11 @@ class Client(simple.MQTTClient):
 class Rig:
     """A broker, a flash, a clock, the client; use with play()."""
 
-    def __init__(self, script=(), size=65536, fresh=False):
+    Client = Client
+
+    def __init__(self, script=(), size=65536, fresh=False, says=None):
         self.clock = simple.time = Clock()
-        self.broker = Broker(script, self.clock)
+        self.broker = Broker(script, self.clock, says)
         self.nor = Nor(size)
         self.got = []
         if not fresh:
@@ -196,7 +201,7 @@ class Rig:
         """Power on; off: after the power was off."""
         if off:
             simple._owners.clear()
-        client = Client(client_id, "b", device=self.nor, **more)
+        client = self.Client(client_id, "b", device=self.nor, **more)
         client.broker = self.broker
         client.mark  # noqa: B018 (mounts)
         client.set_callback(lambda topic, msg: self.got.append((topic, msg)))
