@@ -1,4 +1,4 @@
-"""The blocking front end for MQTT 5: what simple.MQTTClient does, with properties, reason codes and the rest of version 5.
+"""The blocking front end for MQTT 5: what simple.MQTTClient does, with properties, reason codes and the rest of it.
 
 Loaded by MQTTClient(..., version=5).  Section numbers are those of the MQTT 5.0 specification.
 """
@@ -7,13 +7,12 @@ import time
 
 from micropython import const
 
-from . import packet5
+from . import packet5, simple
 from .errors import MQTTException, ProtocolError
 from .packet import PUBACK, PUBCOMP, PUBLISH, PUBREL, UNSUBACK, check_topic, utf8
 from .packet5 import AUTH, DISCONNECT, Decoder5, check_filter, subscription_options
 from .properties import Violation, encode
 from .reasons import _LASTING, Disconnected
-from .simple import _FAULTS, MQTTClient
 from .store5 import Store5
 
 _END = const(-1)  # as in simple
@@ -32,15 +31,15 @@ _SINCE_1970 = const(946684800)  # where the clock counts from 2000
 def made(cls, version, args, more):
     """What MQTTClient.__new__() returns when the version is not 4."""
     if version == 5:
-        if cls is MQTTClient:
+        if cls is simple.MQTTClient:
             return MQTTClient5(*args, **more)  # which CPython initialises once more
         if issubclass(cls, MQTTClient5):
             return object.__new__(cls)
     raise ValueError("version: found %r, expected 4, or 5 in a class derived from MQTTClient5" % (version,))
 
 
-class MQTTClient5(MQTTClient):
-    """An MQTTClient that speaks MQTT 5; its arguments and calls, and these besides.
+class MQTTClient5(simple.MQTTClient):
+    """A simple.MQTTClient that speaks MQTT 5; its arguments and calls, and these besides.
 
     session_expiry_s: how long the broker keeps the session, with the messages for us, while there is no connection;
     0xFFFFFFFF for ever.  With connect(clean_session=True) it ends with the connection.
@@ -154,14 +153,15 @@ class MQTTClient5(MQTTClient):
         properties = {}
         if session_expiry_s is not None:
             if session_expiry_s and (self._clean or not self.session_expiry_s):
-                raise ValueError("session_expiry_s: the session is one that ends with its connection")  # [MQTT-3.14.2-2]
+                # [MQTT-3.14.2-2]
+                raise ValueError("session_expiry_s: the session is one that ends with its connection")
             properties["session_expiry_interval"] = session_expiry_s
         goodbye = packet5.encode_disconnect(reason_code, properties)
         try:
             if self._up:
                 self._fill()
                 self._write(goodbye)
-        except _FAULTS:
+        except simple._FAULTS:
             pass
         self._hang_up()
         super().disconnect()
