@@ -36,11 +36,11 @@ test-cpython: $(VENV) need-mosquitto need-micropython ## the tests on CPython; A
 test-upy: $(VENV) need-micropython ## the tests on the MicroPython unix port; ARGS="test_x.py test_y.py::test_z"
 	@$(PY) tests/run_all.py upy $(ARGS)
 
-demo: $(VENV) need-mosquitto need-micropython ## a device under power cuts and a real broker; N= CUTS= SEED= change it
-	@$(PY) tools/demo.py $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))
+demo: $(VENV) need-mosquitto need-micropython ## a device under power cuts and a real broker; N= CUTS= SEED= VERSION=5
+	@$(PY) tools/demo.py $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED)) $(if $(VERSION),--version $(VERSION))
 
-soak: $(VENV) need-mosquitto need-micropython ## 100,000 messages each way, a bad link, the heap watched; N= SEED= change it
-	@$(PY) tools/soak.py $(if $(N),--messages $(N)) $(if $(SEED),--seed $(SEED))
+soak: $(VENV) need-mosquitto need-micropython ## 100,000 messages each way, a bad link, the heap watched; N= SEED= VERSION=5
+	@$(PY) tools/soak.py $(if $(N),--messages $(N)) $(if $(SEED),--seed $(SEED)) $(if $(VERSION),--version $(VERSION))
 
 picow: $(VENV) need-mosquitto ## a Pico W's real firmware in an emulator, under power cuts; FIRMWARE=.uf2 N= CUTS= SEED=
 	@$(PY) tools/picow.py $(if $(FIRMWARE),"$(FIRMWARE)") $(if $(N),--messages $(N)) $(if $(CUTS),--cuts $(CUTS)) $(if $(SEED),--seed $(SEED))

@@ -81,6 +81,8 @@ FACADE = "mqtt_durable.simple"
 NAMES = (
     "client",
     "simple",
+    "client5",
+    "simple5",
     "umqtt",
     YARDSTICK,
     "umqtt_robust",
@@ -90,8 +92,9 @@ NAMES = (
     "minimqtt",
     PAHO,
 )
-HAVE_QOS2 = "client", "simple", PAHO
-PERSIST = "client", "simple"
+FACADES = "simple", "simple5"
+PERSIST = "client", "client5", *FACADES
+HAVE_QOS2 = *PERSIST, PAHO
 SHIM = "machine.py", "network.py"  # for mqtt_as
 RTT_MS = 20, 50
 WINDOWS = 16, 64
@@ -478,7 +481,7 @@ def rtt(bench):
             plans = {}
             for entry in measured(bench):
                 for window in WINDOWS if entry.name in PERSIST + (PAHO,) else WINDOWS[:1]:
-                    if entry.name == "simple" and window != WINDOWS[0]:
+                    if entry.name in FACADES and window != WINDOWS[0]:
                         continue  # one at a time anyway
                     plans[entry, window] = partial(publish_us, bench, entry, link, 1, in_flight=window)
             for (entry, window), rounds in rates(bench, plans, 2.0).items():

@@ -1,6 +1,6 @@
 """The promise, tried: a device that loses power, link and broker at random, and a far side that counts.
 
-    demo.py [--messages N] [--cuts C] [--seed S]
+    demo.py [--messages N] [--cuts C] [--seed S] [--version 5]
 
 Two devices at once, one publishing N messages at QoS 1, one at QoS 2.  Each is the real boot.py and main.py on the
 MicroPython unix port, its journal in simulated NOR flash in a file, behind a proxy, with a real mosquitto of its own;
@@ -301,8 +301,9 @@ def tally(arrived, wanted):
 class Trial:
     """One device at one QoS: its faults, and what came of them.  run() is a thread's whole life."""
 
-    def __init__(self, qos, messages, cuts, seed, micropython, home, tell):
+    def __init__(self, qos, messages, cuts, seed, micropython, home, tell, version=4):
         self.qos = qos
+        self.version = version  # of MQTT, as in config.json
         self.messages = messages
         self.home = home
         self.cut_at = _CUT_AT.get(qos)
@@ -375,7 +376,7 @@ class Trial:
             stack.callback(self.far.close)
             config = {
                 "wifi": None,
-                "broker": {"host": "127.0.0.1", "port": proxy.port, "keep_alive_s": 5},
+                "broker": {"host": "127.0.0.1", "port": proxy.port, "keep_alive_s": 5, "version": self.version},
                 "journal": {"when_full": "wait"},
                 "telemetry": None,
                 "commands": None,
@@ -777,7 +778,7 @@ def show(trials, news, console):
                 progress.update(bar, completed=getattr(trial, word))
 
 
-def run(messages, cuts, seed, console, qualities=(1, 2), keep=False):
+def run(messages, cuts, seed, console, qualities=(1, 2), keep=False, version=4):
     """Run the demo; return (trials, failures, directory of the logs or None if they are not kept)."""
     micropython = find_micropython()
     if not micropython:
@@ -796,7 +797,7 @@ def run(messages, cuts, seed, console, qualities=(1, 2), keep=False):
         directory = home / ("qos%d" % qos)
         directory.mkdir()
         tell = lambda trial, text: news.put((trial, text))  # noqa: E731
-        trial = Trial(qos, messages, cuts, seed, micropython, directory, tell)
+        trial = Trial(qos, messages, cuts, seed, micropython, directory, tell, version)
         trials.append(trial)
         threads.append(threading.Thread(target=whole, args=(trial,)))
     try:
@@ -829,6 +830,7 @@ def main(arguments=None):
     parser.add_argument("--messages", type=int, default=MESSAGES, metavar="N", help="per QoS, default %(default)s")
     parser.add_argument("--cuts", type=int, default=CUTS, metavar="C", help="of power per QoS, default %(default)s")
     parser.add_argument("--seed", default=None, metavar="S", help="default: a new one")
+    parser.add_argument("--version", type=int, default=4, choices=(4, 5), help="of MQTT; 4, the default, is 3.1.1")
     parser.add_argument("--keep", action="store_true", help="keep the logs also when all went well")
     options = parser.parse_args(arguments)
     if not 1 <= options.messages <= 9999999:
@@ -840,7 +842,9 @@ def main(arguments=None):
     console.print("SEED=%s  %d messages and %d power cuts at each QoS" % (seed, options.messages, options.cuts))
     signal.signal(signal.SIGTERM, _ended)
     try:
-        trials, failures, home = run(options.messages, options.cuts, seed, console, keep=options.keep)
+        trials, failures, home = run(
+            options.messages, options.cuts, seed, console, keep=options.keep, version=options.version
+        )
     except KeyboardInterrupt:
         console.print("stopped")
         return 130

@@ -1,6 +1,6 @@
 """The promise, tried for long: one device that stays on, messages both ways at once, a bad link, and its heap watched.
 
-    soak.py [--messages N] [--seed S]
+    soak.py [--messages N] [--seed S] [--version 5]
 
 The device is the demo's (demo.py): the real boot.py and main.py on the MicroPython unix port, its journal in simulated
 NOR flash in a file, a real mosquitto behind a proxy.  It publishes N messages and is sent N messages at the same time,
@@ -153,8 +153,8 @@ class Device(demo.Device):
 class Trial(demo.Trial):
     """The one device, its faults, and what came of them."""
 
-    def __init__(self, messages, seed, micropython, home, tell):
-        super().__init__(0, messages, 0, seed, micropython, home, tell)
+    def __init__(self, messages, seed, micropython, home, tell, version=4):
+        super().__init__(0, messages, 0, seed, micropython, home, tell, version)
         self.topic = UP
         self.cut_at = _CUT_AT
         self.kinds = collections.Counter()  # faults that have come
@@ -189,7 +189,7 @@ class Trial(demo.Trial):
             stack.callback(self.far.close)
             config = {
                 "wifi": None,
-                "broker": {"host": "127.0.0.1", "port": proxy.port, "keep_alive_s": 5},
+                "broker": {"host": "127.0.0.1", "port": proxy.port, "keep_alive_s": 5, "version": self.version},
                 "client_id": "soak",
                 "journal": {"when_full": "wait"},
                 "telemetry": None,
@@ -350,7 +350,7 @@ def show(trial, news, console):
                 progress.update(bar, completed=getattr(trial, word))
 
 
-def run(messages, seed, console, keep=False):
+def run(messages, seed, console, keep=False, version=4):
     """Run the soak; return (trial, failures, directory of the logs or None if they are not kept)."""
     micropython = demo.find_micropython()
     if not micropython:
@@ -358,7 +358,7 @@ def run(messages, seed, console, keep=False):
     find_mosquitto()
     home = Path(tempfile.mkdtemp(prefix="mqtt-durable-soak-"))
     news = queue.Queue()
-    trial = Trial(messages, seed, micropython, home, lambda _, text: news.put(text))
+    trial = Trial(messages, seed, micropython, home, lambda _, text: news.put(text), version)
 
     def whole():
         trial.run()
@@ -391,6 +391,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="One device, messages both ways, a bad link, its heap watched.")
     parser.add_argument("--messages", type=int, default=MESSAGES, metavar="N", help="each way, default %(default)s")
     parser.add_argument("--seed", default=None, metavar="S", help="default: a new one")
+    parser.add_argument("--version", type=int, default=4, choices=(4, 5), help="of MQTT; 4, the default, is 3.1.1")
     parser.add_argument("--keep", action="store_true", help="keep the logs also when all went well")
     options = parser.parse_args(arguments)
     if not 10 <= options.messages <= 9999999:
@@ -400,7 +401,7 @@ def main(arguments=None):
     console.print("SEED=%s  %d messages each way" % (seed, options.messages))
     signal.signal(signal.SIGTERM, _ended)
     try:
-        trial, failures, home = run(options.messages, seed, console, options.keep)
+        trial, failures, home = run(options.messages, seed, console, options.keep, options.version)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130

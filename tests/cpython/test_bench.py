@@ -25,7 +25,7 @@ from bench_peers import (
 )
 from brokers import Mosquitto
 
-HERE = "client", "simple", "umqtt", "umqtt_nodelay", "paho"  # need no PEERS
+HERE = "client", "simple", "client5", "simple5", "umqtt", "umqtt_nodelay", "paho"  # need no PEERS
 FEW = 5
 
 

@@ -9,6 +9,8 @@ from work import HOST, PAYLOAD, TOPIC, numbered
 
 
 class Entry:
+    version = 4
+
     def __init__(self, port, home, in_flight):
         from mqtt_durable.client import Client
 
@@ -23,7 +25,14 @@ class Entry:
         self.client = Client(
             {
                 "client_id": "bench",
-                "broker": {"host": HOST, "port": port, "keep_alive_s": 60, "username": None, "password": None},
+                "broker": {
+                    "host": HOST,
+                    "port": port,
+                    "keep_alive_s": 60,
+                    "username": None,
+                    "password": None,
+                    "version": self.version,
+                },
                 "session": {"clean": False, "in_flight": in_flight},
                 "journal": {"home": home, "size_kib": 64, "when_full": "wait"},
             },

@@ -11,6 +11,7 @@ from work import HOST, PAYLOAD, TOPIC, numbered
 
 class Entry(with_umqtt.Entry):
     clean = False
+    version = 4
 
     def __init__(self, port, home, in_flight):
         from mqtt_durable.simple import MQTTClient
@@ -21,7 +22,8 @@ class Entry(with_umqtt.Entry):
 
             device = Ram(65536)
         self.got = 0
-        self.client = MQTTClient("bench", HOST, port, home=home, device=device, in_flight=in_flight)
+        more = {"home": home, "device": device, "in_flight": in_flight, "version": self.version}
+        self.client = MQTTClient("bench", HOST, port, **more)
         self.client.set_callback(self.came)
 
     def publish(self, qos, n):
