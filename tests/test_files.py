@@ -137,7 +137,8 @@ def test_payload_goes_into_the_file_whole_whatever_its_size_and_is_acknowledged_
         assert client.stats()["received"] == len(cases) and client.stats()["too_large"] == 0
         assert rig.broker.connections == 1
 
-    run(scenario)
+    for version in (4, 5):
+        run(scenario, version=version)
 
 
 def test_payload_that_comes_in_any_pieces_is_the_same_and_the_packets_around_it_are_understood():
@@ -482,7 +483,8 @@ def test_file_is_published_whole_whatever_its_size():
                 assert (sent.retain, sent.dup) == (n % 2 == 1, False) and (sent.packet_id > 65023) == (qos == 1)
         assert rig.broker.connections == 1 and not client.store.session.requests and client.store.waiting == 0
 
-    run(scenario)
+    for version in (4, 5):
+        run(scenario, version=version)
 
 
 def test_file_with_a_topic_longer_than_the_buffer_is_published_whole():
@@ -557,7 +559,8 @@ def test_file_at_qos_1_is_sent_again_with_dup_and_its_identifier_when_the_link_i
             assert third.payload == _content(_LARGE) and rig.broker.connections == 3
             assert first.packet_id not in [p.packet_id for p in rig.broker.named("SUBSCRIBE")]
 
-        run(scenario, [(1, "PUBLISH", 1, what), (2, "PUBLISH", 1, what)])
+        for version in (4, 5):
+            run(scenario, [(1, "PUBLISH", 1, what), (2, "PUBLISH", 1, what)], version=version)
 
 
 def test_file_at_qos_1_waits_for_what_was_sent_before_and_what_comes_behind_waits_for_it():
