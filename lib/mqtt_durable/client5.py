@@ -81,7 +81,7 @@ class Client5(Client):
         self._named = self.client_id  # what the configuration says
         self._limit = limit_bytes
         self.connack = {}
-        self._came = set()  # packet identifiers of what the broker has sent on this connection
+        self._flooded = False  # the broker has sent more than the session keeps in mind
         self._identifiers = {}  # topic filter -> subscription identifier
         self._retry_ms = _RETRY_MS
         self._retry_at = None
@@ -128,12 +128,12 @@ class Client5(Client):
     async def _handshake(self, clean):
         if not self._named:
             self.client_id = self.store.assigned
-        self._came.clear()
+        self._flooded = False
         self._retry_at = None
         try:
             await super()._handshake(clean)
         except ProtocolError as e:
-            self._say_why(e)
+            self._say_why(e.reason_code)
             raise
 
     async def _answer(self):
@@ -371,22 +371,14 @@ class Client5(Client):
     # -- what comes
 
     def _on_publish(self):
-        decoder = self._decoder
-        if decoder.flags & 6:
-            came = self._came
-            packet_id = decoder.packet_id
-            if packet_id not in came:
-                if len(came) >= _RECEIVE_MAXIMUM:
-                    session = self.store.session
-                    for old in list(came):
-                        if old not in session.busy and old not in session.held:
-                            came.remove(old)
-                    if len(came) >= _RECEIVE_MAXIMUM:
-                        raise Violation(0x93, "more than %d messages at a time" % _RECEIVE_MAXIMUM)
-                came.add(packet_id)
-        if decoder.payload is None and not self._files:
+        if self._decoder.payload is None and not self._files:
             raise Violation(0x95, "a message over %d bytes" % self._limit)  # [MQTT-3.1.2-24]
         return super()._on_publish()
+
+    def _pass_over(self, why):
+        # Here, and not beyond the receive maximum: mosquitto 2.0 sends some more than that as a matter of course.
+        self._flooded = self.store.session.is_too_much(0)
+        super()._pass_over(why)
 
     def _on_response(self, message):
         call = self._calls.get(message.properties.get("correlation_data"))
@@ -454,22 +446,25 @@ class Client5(Client):
 
     def _failed(self, error):
         if isinstance(error, ProtocolError) and self.connected:
-            self._say_why(error)
+            self._say_why(error.reason_code)
         super()._failed(error)
 
-    def _say_why(self, error):
+    def _say_why(self, reason_code):
         """The broker broke a rule: DISCONNECT tells which, and nothing follows it.  Section 4.13."""
         stream = self._stream
         upload = self._files and self._files.upload
         if stream is None or stream.out_buf or self.store.rest or (upload and upload.half):
             return  # in the middle of a packet
         try:
-            stream.s.write(packet5.encode_disconnect(error.reason_code))
+            stream.s.write(packet5.encode_disconnect(reason_code))
         except (OSError, ValueError):
             pass
         stream.s = _Hushed(stream.s)  # [MQTT-3.14.4-1]
 
     def _hang_up(self):
+        if self._flooded:
+            self._say_why(0x93)
+            self._flooded = False
         super()._hang_up()
         self._end_authentication(False)
 
