@@ -124,6 +124,7 @@ class Client:
 
     _made = False
     _Message = Message
+    _Store = Store
 
     def __new__(cls, config, *arguments, **more):
         if cls is not Client or config["broker"].get("version") != 5:
@@ -193,7 +194,7 @@ class Client:
         self._stepped = time.ticks_ms()
         if note:
             self._lost(JournalLost(note))
-        self.store = self._make_store(
+        self.store = self._Store(
             Journal(device, prog_size, size), session["in_flight"], journal["when_full"], None, self._grace_ms > 0
         )
         self.store.open()
@@ -254,11 +255,8 @@ class Client:
     def _set_up(self, config, limit_bytes, properties, authenticate):
         """Return the decoder."""
         if properties or authenticate:
-            raise ValueError("properties, authenticate: only with version 5")
+            self._store_with(properties)
         return Decoder(_RECEIVE_BYTES, limit_bytes)
-
-    def _make_store(self, *arguments):
-        return Store(*arguments)
 
     def _connect_packet(self, clean):
         broker = self._broker
@@ -266,7 +264,7 @@ class Client:
             self.client_id, clean, broker["keep_alive_s"], broker["username"], broker["password"], self._will
         )
 
-    def _store_with(self, properties, *message):
+    def _store_with(self, properties, *_):
         raise ValueError("properties: only with version 5")
 
     async def _answer(self):

@@ -91,7 +91,7 @@ class Client5(Client):
         asks = properties.get("request_problem_information", 1)
         return Decoder5(_RECEIVE_BYTES, limit_bytes, _ALIASES, bool(asks))
 
-    def _make_store(self, *arguments):
+    def _Store(self, *arguments):
         return Store5(*arguments, clock=self._clock)
 
     def _clock(self):
