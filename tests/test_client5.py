@@ -763,7 +763,7 @@ def test_broker_that_sends_more_than_the_client_keeps_in_mind_is_told_why_it_get
         assert rig.broker.trace(1)[-1] == "DISCONNECT 0x93"
         assert got == list(range(1, 257)) and rig.client.stats()["passed_over"] == 1
 
-    play5(scenario)
+    play5(scenario, [(1, "PUBREC", 0, "silent")])
 
 
 # What the broker says of a message.
