@@ -140,8 +140,6 @@ class Client5(Client):
         """CONNACK, or what comes in its place; until then AUTH goes to and fro (section 4.12)."""
         while True:
             kind = await super()._answer()
-            if kind == DISCONNECT:  # [MQTT-3.14.0-1]
-                raise Violation(0x82, "DISCONNECT before CONNACK")
             if kind != AUTH:
                 return kind
             await self._put(self._auth_answer(0x18))
@@ -353,10 +351,7 @@ class Client5(Client):
                 raise ValueError("session_expiry_s: a session that ends with its connection stays so")
             properties["session_expiry_interval"] = session_expiry_s
         self._goodbye = packet5.encode_disconnect(reason_code, properties)
-        try:
-            await super().close()
-        finally:
-            self._goodbye = packet5.DISCONNECT_BYTES
+        await super().close()
 
     def stats(self):
         """As Client.stats(), and .refused, .postponed, .expired, .lowered: see Store5."""
