@@ -610,7 +610,7 @@ def test_no_alias_is_sent_unless_the_broker_takes_some():
             client = rig.client
             await rig.up()
             for qos in (0, 1, 2, 0, 1, 2):
-                await client.publish("t", "x", qos=qos)
+                await client.publish("topic", "x", qos=qos)
             assert await client.drain(20)
             await until(lambda: len(rig.broker.named("PUBLISH")) == 6)
             assert not [p for p in rig.broker.named("PUBLISH") if p.bare or "topic_alias" in p.properties]
@@ -1331,6 +1331,8 @@ def test_nothing_follows_the_disconnect_that_answers_a_violation_and_the_client_
 def test_request_returns_the_answer_that_has_its_correlation_data():
     async def scenario(rig):
         client = rig.client
+        got = []
+        client.on("#", got.append)
         await rig.up()
         tasks = [asyncio.create_task(client.request("service", "question %d" % n)) for n in range(2)]
         await until(lambda: len(rig.broker.named("PUBLISH")) == 2)
@@ -1348,6 +1350,7 @@ def test_request_returns_the_answer_that_has_its_correlation_data():
             assert (await task).payload == b"answer %d" % n
         for packet_id in (5, 6, 9, 10):
             await rig.broker.expect("PUBACK %d" % packet_id)
+        assert not got
 
     play5(scenario)
 
