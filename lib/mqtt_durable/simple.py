@@ -148,6 +148,15 @@ class MQTTClient:
         self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
         self._asked = False  # by ping()
         self._last_sent = self._last_received = self._pulse_at = 0
+        # What each message goes through is bound once, as in Store.
+        self._keep = self._keep
+        self._post = self._post
+        self._put = self._put
+        self._until = self._until
+        self._step = self._step
+        self._next = self._next
+        self._handle = self._handle
+        self._deliver = self._deliver
 
     @property
     def mark(self):

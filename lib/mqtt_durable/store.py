@@ -677,7 +677,7 @@ class Store(Recall):
             # The usual case, all in one piece: the oldest message, at QoS 1.
             del out[packet_id]
             self._upto = packet_id
-            if packet_id % _IDS + 1 not in out:
+            if packet_id != self._taken and packet_id % _IDS + 1 not in out:
                 self._advance()
             self.acknowledged += 1
             if self.finished:
