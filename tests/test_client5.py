@@ -364,6 +364,42 @@ def test_subscription_that_the_broker_does_not_offer_is_refused():
         play5(scenario, says={name: 0})
 
 
+def test_subscription_asked_for_before_the_connection_is_not_sent_to_a_broker_that_does_not_offer_it():
+    for name, topic_filter, more, code in (
+        ("wildcard_subscription_available", "a/+", {}, 0xA2),
+        ("shared_subscription_available", "$share/g/a", {}, 0x9E),
+        ("subscription_identifier_available", "a", {"identifier": 7}, 0xA1),
+    ):
+
+        async def scenario(rig):
+            asked = asyncio.create_task(raised(rig.client.subscribe(topic_filter, 1, **more), SubscribeRefused))
+            plain = asyncio.create_task(rig.client.subscribe("plain", 1))
+            await turns()
+            await rig.client.start()
+            assert (await asked).reason_code == code and await plain == 1
+            assert [p.filter for p in rig.broker.named("SUBSCRIBE")] == ["plain"]
+            assert rig.client.last_error.reason_code == code
+
+        play5(scenario, says={name: 0}, start=False)
+
+
+def test_subscription_that_the_broker_no_longer_offers_is_not_sent_again():
+    async def scenario(rig):
+        await rig.up()
+        await rig.client.subscribe("a/+", 1)
+        rig.broker.says = {"CONNACK": {"wildcard_subscription_available": 0}}
+        rig.broker.forget()
+        await rig.broker.drop()
+        await rig.up(2)
+        await rig.client.subscribe("plain", 1)
+        assert [p.filter for p in rig.broker.named("SUBSCRIBE", 2)] == ["plain"]
+        rig.broker.says = {}
+        await rig.broker.drop()
+        await rig.broker.expect("SUBSCRIBE %d a/+" % rig.broker.named("SUBSCRIBE")[0].packet_id, 1, 3)
+
+    play5(scenario)
+
+
 # Authentication.
 
 

@@ -406,6 +406,25 @@ def test_a_subscription_that_the_broker_refuses_or_does_not_offer_is_an_error():
     play(scenario, script, says={"CONNACK": offers})
 
 
+def test_a_subscription_that_the_broker_no_longer_offers_or_is_too_large_for_it_is_not_sent_again():
+    def scenario(rig):
+        c = rig.connected()
+        c.subscribe("a/#")
+        c.subscribe("t" * 50)
+        rig.broker.says = {"CONNACK": {"wildcard_subscription_available": 0, "maximum_packet_size": 50}}
+        rig.broker.forget()
+        c.connect(False)
+        c.subscribe("plain")
+        assert [p.filter for p in rig.broker.named("SUBSCRIBE", 2)] == ["plain"]
+        assert raises(simple.MQTTException, c.subscribe, "u" * 50).args == (0x95,)
+        assert len(rig.broker.named("SUBSCRIBE", 2)) == 1 and c.last_error is None
+        rig.broker.says = {}
+        c.connect(False)
+        assert {p.filter for p in rig.broker.named("SUBSCRIBE", 3)} == {"a/#", "t" * 50}
+
+    play(scenario)
+
+
 # -- the end of a connection
 
 

@@ -13,10 +13,12 @@ from micropython import const
 from . import packet5
 from .client import Client, Message, Waiter, as_bytes, failed
 from .errors import ProtocolError
+from .log import ERROR
 from .packet import PUBLISH, UNSUBACK, check_topic, utf8
 from .packet5 import AUTH, DISCONNECT, Decoder5, check_filter, subscription_options
 from .properties import Violation, encode
 from .reasons import ConnectRefused5, Disconnected, MessageRefused, SubscribeRefused5
+from .reasons import text as reason_text
 from .store5 import Store5
 
 _RECEIVE_BYTES = const(768)
@@ -265,14 +267,21 @@ class Client5(Client):
         return await self._subscribe(text, options)
 
     def _check_offered(self, text, identifier):
+        code = self._unoffered(text, identifier)
+        if code:
+            raise ValueError("the broker does not take it: %s" % reason_text(code))
+
+    def _unoffered(self, text, identifier):
+        """Return the reason code of a broker that does not offer such a subscription, 0 if ours offers it."""
         found = self.connack
-        for name, wanted in (
-            ("wildcard_subscription_available", "+" in text or "#" in text),
-            ("shared_subscription_available", text.startswith("$share/")),
-            ("subscription_identifier_available", identifier is not None),
+        for code, name, wanted in (
+            (0xA2, "wildcard_subscription_available", "+" in text or "#" in text),
+            (0x9E, "shared_subscription_available", text.startswith("$share/")),
+            (0xA1, "subscription_identifier_available", identifier is not None),
         ):
             if wanted and not found.get(name, 1):
-                raise ValueError("%s: the broker says no" % name)
+                return code
+        return 0
 
     async def unsubscribe(self, topic_filter):
         """As Client.unsubscribe().  Raises SubscribeRefused, too."""
@@ -414,10 +423,18 @@ class Client5(Client):
         super()._on_granted(kind)
 
     def _submit(self, request):
+        code = 0
+        if request.options is not None:
+            # Asked for before the connection, or of a broker that offers less than the last one.
+            code = self._unoffered(request.filter, self._identifiers.get(request.filter))
         most = self.connack.get("maximum_packet_size", _LARGEST)
         if len(self._encode_request(request, request.filter.encode())) > most:  # [MQTT-3.2.2-15]
+            code = 0x95
+        if code:
+            self.last_error = self._refused(request.filter, code)
+            self.log.add(ERROR, "subscription", self.last_error)
             self._requests = [other for other in self._requests if other is not request]
-            request.result = 0x95
+            request.result = code
             request.event.set()
         else:
             super()._submit(request)

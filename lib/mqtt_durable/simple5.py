@@ -12,7 +12,7 @@ from .errors import MQTTException, ProtocolError
 from .packet import PUBACK, PUBCOMP, PUBLISH, UNSUBACK, check_topic, utf8
 from .packet5 import AUTH, DISCONNECT, Decoder5, check_filter, subscription_options
 from .properties import Violation, encode
-from .reasons import _LASTING, Disconnected
+from .reasons import _LASTING, Disconnected, text
 from .store5 import Store5
 
 _END = const(-1)  # as in simple
@@ -310,14 +310,9 @@ class MQTTClient5(simple.MQTTClient):
             raise ValueError("subscribe: set_callback() comes first")
         topic_filter = check_filter(topic)
         options = subscription_options(topic_filter, qos, no_local, retain_as_published, retain_handling)
-        found = self.connack
-        for what, asked in (
-            ("shared_subscription", topic_filter.startswith(b"$share/")),
-            ("wildcard_subscription", b"+" in topic_filter or b"#" in topic_filter),
-            ("subscription_identifier", identifier is not None),
-        ):
-            if self._up and asked and not found.get(what + "_available", 1):
-                raise ValueError("subscribe: the broker offers no " + what)
+        code = self._unoffered(topic_filter, identifier)
+        if self._up and code:
+            raise ValueError("subscribe: the broker does not take it: " + text(code))
         topic_filter = utf8(topic_filter)
         self._identifiers.pop(topic_filter, None)
         if identifier is not None:
@@ -340,17 +335,38 @@ class MQTTClient5(simple.MQTTClient):
             raise MQTTException(code)
         return code
 
+    def _unoffered(self, topic_filter, identifier):
+        """Return the reason code of a broker that does not offer such a subscription, 0 if ours offers it."""
+        found = self.connack
+        for code, what, asked in (
+            (0xA2, "wildcard_subscription_available", b"+" in topic_filter or b"#" in topic_filter),
+            (0x9E, "shared_subscription_available", topic_filter.startswith(b"$share/")),
+            (0xA1, "subscription_identifier_available", identifier is not None),
+        ):
+            if asked and not found.get(what, 1):
+                return code
+        return 0
+
     def _request(self, topic_filter, options):
+        name = topic_filter.encode()
+        identifier = self._identifiers.get(topic_filter)
         packet_id = self.store.session.request_id()
         if not packet_id:
             raise OSError(_END, "512 requests without an answer")
-        request = self._requests[packet_id] = [packet_id, topic_filter, options, None]
+        request = [packet_id, topic_filter, options, None]
         if options is None:
-            self._write(packet5.encode_unsubscribe(packet_id, topic_filter.encode()))
+            data = packet5.encode_unsubscribe(packet_id, name)
         else:
-            identifier = self._identifiers.get(topic_filter)
+            request[3] = self._unoffered(name, identifier) or None  # offered by the last broker, perhaps
             properties = {"subscription_identifiers": identifier} if identifier else None
-            self._write(packet5.encode_subscribe(packet_id, topic_filter.encode(), options, properties))
+            data = packet5.encode_subscribe(packet_id, name, options, properties)
+        if len(data) > self.connack.get("maximum_packet_size", len(data)):  # [MQTT-3.2.2-15]
+            request[3] = 0x95
+        if request[3]:
+            self.store.session.requests.discard(packet_id)
+        else:
+            self._requests[packet_id] = request
+            self._write(data)
         return request
 
     def _on_granted(self, kind):
