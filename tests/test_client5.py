@@ -1402,6 +1402,33 @@ def test_request_that_nobody_answers_times_out():
     play5(scenario)
 
 
+def test_request_without_a_connection_times_out_and_nothing_is_stored():
+    async def scenario(rig):
+        # A limit of its own, or this test would wait as long as the fault it looks for.
+        asked = raised(rig.client.request("svc", "?", timeout_s=0.01), asyncio.TimeoutError)
+        await asyncio.wait_for(asked, 10)
+        assert rig.client.stats()["stored"] == 0 and not rig.client._calls
+
+    play5(scenario, start=False)
+
+
+def test_requests_before_the_first_connection_wait_for_the_client_identifier():
+    async def scenario(rig):
+        tasks = [asyncio.create_task(rig.client.request("svc", "?", timeout_s=60)) for _ in range(2)]
+        await turns()
+        await rig.client.start()
+        await until(lambda: len(rig.broker.named("PUBLISH")) == 2)
+        for asked in rig.broker.named("PUBLISH"):
+            assert asked.properties["response_topic"] == "devices/given/responses"
+            more = {"correlation_data": asked.properties["correlation_data"]}
+            await rig.broker.publish("devices/given/responses", b"!", properties=more)
+        for task in tasks:
+            assert (await task).payload == b"!"
+        assert len(rig.client._handlers) == 1
+
+    play5(scenario, says={"assigned_client_identifier": "given"}, start=False, client_id="")
+
+
 def test_request_uses_the_response_information_of_the_broker():
     async def scenario(rig):
         client = rig.client

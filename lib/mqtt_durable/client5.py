@@ -90,6 +90,7 @@ class Client5(Client):
         self._authenticating = None  # who waits for the end of a re-authentication
         self._calls = {}  # correlation data -> who waits for the answer
         self._answers_to = None  # the response topic, once it is subscribed to
+        self._known = asyncio.Event()  # .client_id and .connack are there
         asks = properties.get("request_problem_information", 1)
         return Decoder5(_RECEIVE_BYTES, limit_bytes, _ALIASES, bool(asks))
 
@@ -190,6 +191,7 @@ class Client5(Client):
     def _renew_requests(self):
         if not self._named and self.client_id != self.store.assigned:
             self.store.assign(self.client_id)
+        self._known.set()
         super()._renew_requests()
 
     # -- the program's calls
@@ -302,25 +304,31 @@ class Client5(Client):
         """Publish a request and return the Message that answers it (section 4.10): on a topic of this client's own,
         with the request's correlation data.
 
-        Raises what publish() and subscribe() do, asyncio.TimeoutError.
+        The first one of a program waits for a connection, and is not published without; a later one is stored as any
+        message, and may go out after the time is over.  Raises what publish() and subscribe() do, asyncio.TimeoutError.
         """
-        if self._answers_to is None:
-            text = self.connack.get("response_information") or "devices"
-            text = "%s/%s/responses" % (text, self.client_id)
-            await self.subscribe(text, 1)
-            self._answers_to = text
-            self._handlers.insert(0, (text, self._on_response))  # before one of the program's that would match
         key = urandom(8)
         call = self._calls[key] = Waiter()
         try:
-            properties = dict(properties or ())
-            properties["response_topic"] = self._answers_to
-            properties["correlation_data"] = key
-            await self.publish(topic, payload, qos, properties=properties)
-            await asyncio.wait_for_ms(call.event.wait(), int(timeout_s * 1000))
+            await asyncio.wait_for_ms(self._exchange(call, key, topic, payload, qos, properties), int(timeout_s * 1000))
         finally:
             del self._calls[key]
         return call.result
+
+    async def _exchange(self, call, key, topic, payload, qos, properties):
+        if self._answers_to is None:
+            await self._known.wait()
+            text = self.connack.get("response_information") or "devices"
+            text = "%s/%s/responses" % (text, self.client_id)
+            await self.subscribe(text, 1)
+            if self._answers_to is None:  # and no other request has come first
+                self._answers_to = text
+                self._handlers.insert(0, (text, self._on_response))  # before one of the program's that would match
+        properties = dict(properties or ())
+        properties["response_topic"] = self._answers_to
+        properties["correlation_data"] = key
+        await self.publish(topic, payload, qos, properties=properties)
+        await call.event.wait()
 
     async def reply(self, message, payload, qos=1, properties=None):
         """Answer a request; return what publish() does.  Raises ValueError, too, if it asks for no answer."""
