@@ -941,3 +941,54 @@ def test_link_that_swallows_a_file_is_noticed_and_left():
         assert rig.broker.connections == 2
 
     run(scenario, [(1, "PUBLISH", 0, "silent"), (1, "PINGREQ", 0, "silent")], answer_ms=200, keep_alive_s=0)
+
+
+def test_file_that_the_broker_does_not_take_is_a_value_error_and_not_sent():
+    """[MQTT5-3.2.2-11] [MQTT5-3.2.2-14] [MQTT5-3.2.2-15]"""
+    for says, qos, retain in (
+        ({"maximum_packet_size": 1008}, 1, False),
+        ({"maximum_packet_size": 1006}, 0, False),
+        ({"maximum_qos": 0}, 1, False),
+        ({"retain_available": 0}, 0, True),
+    ):
+
+        async def scenario(rig):
+            _write(_content(1000))
+            await rig.up()
+            await raised(rig.client.publish_file("t", _PATH, qos, retain), ValueError)
+            _write(_content(999))
+            if "maximum_packet_size" in says:
+                assert await rig.client.publish_file("t", _PATH, qos, retain)
+                await until(lambda: [len(p.payload) for p in rig.broker.named("PUBLISH")] == [999], "the smaller file")
+            else:
+                assert not rig.broker.named("PUBLISH")
+            assert rig.broker.connections == 1
+
+        run(scenario, version=5, says={"CONNACK": says})
+
+
+def test_file_counts_against_the_receive_maximum_until_its_puback_also_when_cancelled():
+    """[MQTT5-3.3.4-7]"""
+    async def scenario(rig):
+        for cancelled in (False, True):
+            _write(b"file")
+            await rig.up()
+            before = len(rig.broker.named("PUBLISH"))
+            upload = asyncio.create_task(rig.client.publish_file("t", _PATH))
+            await until(lambda: len(rig.broker.named("PUBLISH")) > before)
+            if cancelled:
+                await turns()
+                upload.cancel()
+            for n in range(3):
+                await rig.client.publish("m", "%d" % n)
+            await turns(200)
+            came = rig.broker.named("PUBLISH")[before:]
+            assert [p.payload for p in came] == [b"file", b"0"], came
+            await rig.broker.send(ack("PUBACK", came[0].packet_id))
+            await until(lambda: len(rig.broker.named("PUBLISH")) == before + 3)
+            for n in (1, 2, 3):
+                await rig.broker.send(ack("PUBACK", rig.broker.named("PUBLISH")[before + n].packet_id))
+                await until(lambda: len(rig.broker.named("PUBLISH")) >= min(before + n + 3, before + 4))
+            assert await rig.client.drain(10)
+
+    run(scenario, ((0, "PUBLISH", 0, "silent"),), version=5, says={"CONNACK": {"receive_maximum": 2}})

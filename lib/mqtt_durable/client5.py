@@ -14,7 +14,7 @@ from . import packet5
 from .client import Client, Message, Waiter, as_bytes, failed
 from .errors import ProtocolError
 from .log import ERROR
-from .packet import PUBLISH, UNSUBACK, check_topic, utf8
+from .packet import PUBACK, PUBLISH, UNSUBACK, check_topic, utf8
 from .packet5 import AUTH, DISCONNECT, Decoder5, check_filter, subscription_options
 from .properties import Violation, encode
 from .reasons import ConnectRefused5, Disconnected, MessageRefused, SubscribeRefused5
@@ -239,6 +239,13 @@ class Client5(Client):
         if length + 1 + packet5.remaining_length_size(length) > most:
             raise ValueError("the broker takes packets of %d bytes at most" % most)  # [MQTT-3.2.2-15]
 
+    def _check_file(self, first, length):
+        """Raise ValueError if the broker does not take the file whose PUBLISH has that first byte; length: of its topic
+        name and payload."""
+        qos = first >> 1 & 3
+        self._check_taken(qos, first & 1)
+        self._check_size(length + (5 if qos else 3))
+
     def _check_taken(self, qos, retain):
         found = self.connack
         if qos in (1, 2) and qos > found.get("maximum_qos", 2):  # [MQTT-3.2.2-11]
@@ -403,6 +410,8 @@ class Client5(Client):
         if kind == DISCONNECT:
             raise Disconnected(decoder.reason_code, decoder.properties)
         if kind != AUTH:
+            if kind == PUBACK and packet_id in self.store.session.requests:
+                self.store.beside(-1)  # that of a file whose publish_file() was cancelled
             self.store.on_ack(kind, packet_id, decoder.reason_code)
         elif self._authenticating is None:
             raise Violation(0x82, "AUTH that was not asked for")

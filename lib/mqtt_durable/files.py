@@ -116,7 +116,10 @@ class Files:
             return False
         if kind != PUBACK or not upload.sent:
             raise ProtocolError("packet type %d for a file" % kind)
-        code = getattr(self._client._decoder, "reason_code", 0)  # in MQTT 5
+        code = 0
+        if self._client._version == 5:
+            code = self._client._decoder.reason_code
+            self._client.store.beside(-1)
         if code < 0x80:
             upload.end(True)
         else:
@@ -244,6 +247,8 @@ class Upload:
         client.store.hold = False
         try:
             left = self._size()
+            if client._version == 5:
+                client._check_file(self._first, len(self._topic) + left)
             file = open(self._path, "rb")
         except (OSError, ValueError) as e:
             self.end(False, e)
@@ -253,7 +258,11 @@ class Upload:
             if self.packet_id and self.begun and client.session_present:
                 first |= 8
             self.begun = self.half = True
-            more = 1 if client._version == 5 else 0  # the property length
+            more = 0
+            if client._version == 5:
+                more = 1  # the property length
+                if self.packet_id:
+                    client.store.beside(1)
             head = bytearray(len(self._topic) + 10)
             off = put_publish_head(head, 0, first, self._topic, self.packet_id, left + more)
             piece = memoryview(head)[: off + more]

@@ -52,6 +52,7 @@ class Store5(Store):
 
     _window = 0
     _later = ()
+    _beside = 0
     _unrecorded = False  # that a message has expired
 
     def __init__(self, journal, in_flight=16, when_full="raise", finished=None, grace=False, clock=None):
@@ -86,6 +87,7 @@ class Store5(Store):
         when it has gone into the buffer.  MQTT 5.0 sections 3.2.2.3 and 4.9.
         """
         self._window = self.session.limit = min(self._own, receive_maximum)
+        self._beside = 0
         self._maximum_packet_size = maximum_packet_size
         self._maximum_qos = maximum_qos
         self._retain_available = retain_available
@@ -372,7 +374,13 @@ class Store5(Store):
     @property
     def in_flight(self):
         """How many messages that have been sent wait for their end, but for those that are to be sent anew."""
-        return len(self.session.out) - self.session.ahead(self._taken, self._sent_to) - len(self._later)
+        ours = len(self.session.out) - self.session.ahead(self._taken, self._sent_to) - len(self._later)
+        return ours + self._beside
+
+    def beside(self, change):
+        """1: a PUBLISH that is not of the store's goes out, -1: it has its PUBACK.  It takes a place in the window."""
+        self._beside = max(0, self._beside + change)
+        self._exempt()
 
     def _next(self):
         out = self.session.out
@@ -408,13 +416,14 @@ class Store5(Store):
 
     def _exempt(self):
         """What waits for retry() takes no place in the window, as far as there is one in a snapshot."""
-        self.session.limit = self._window + min(len(self._later), _POSTPONED)
+        self.session.limit = self._window - self._beside + min(len(self._later), _POSTPONED)
 
     def disconnected(self):
         super().disconnected()
         self._aliases = {}  # topic name -> topic alias that the broker knows [MQTT5-3.3.2-7]
         self._later = []  # refused for want of quota, until they are sent again
         self._due = []  # of these, what is to be sent now
+        self._beside = 0
         if self._window:
             self._exempt()
 
