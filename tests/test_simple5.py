@@ -331,6 +331,19 @@ def test_what_the_connected_broker_does_not_take_is_a_value_error():
     play(scenario, says={"CONNACK": offers})
 
 
+def test_the_largest_packet_that_the_broker_takes_is_sent_and_no_larger_one_is_stored():
+    def scenario(rig):
+        c = rig.connected()
+        for qos, head in ((0, 22), (1, 24), (2, 24)):
+            more = {"qos": qos, "properties": {"content_type": "text/x"}}
+            raises(ValueError, lambda: c.publish("topic/%d" % qos, b"x" * (301 - head), **more))
+            c.publish("topic/%d" % qos, b"x" * (300 - head), **more)
+        assert [len(p.payload) for p in rig.broker.named("PUBLISH")] == [278, 276, 276]
+        assert c.store.refused == 0 and c.store.stored == 2
+
+    play(scenario, says={"CONNACK": {"maximum_packet_size": 300}})
+
+
 def test_no_more_are_in_flight_than_the_broker_receives():
     def scenario(rig):
         c = rig.make()

@@ -10,7 +10,7 @@ from micropython import const
 from . import packet5, simple
 from .errors import MQTTException, ProtocolError
 from .packet import PUBACK, PUBCOMP, PUBLISH, UNSUBACK, check_topic, utf8
-from .packet5 import AUTH, DISCONNECT, Decoder5, check_filter, subscription_options
+from .packet5 import AUTH, DISCONNECT, Decoder5, check_filter, remaining_length_size, subscription_options
 from .properties import Violation, encode
 from .reasons import _LASTING, Disconnected, text
 from .store5 import Store5
@@ -208,12 +208,15 @@ class MQTTClient5(simple.MQTTClient):
             topic = topic.encode()
         if isinstance(msg, str):
             msg = msg.encode()
+        size = 0
         if self._up:
-            self._check_taken(retain, qos, len(topic) + len(msg))
+            size = len(topic) + 2 + (2 if qos else 0) + len(encode(properties, PUBLISH)) + len(msg)
+            size += 1 + remaining_length_size(size)
+            self._check_taken(retain, qos, size)
         if not qos:
             check_topic(topic)
             if mark is None and self._up:
-                self._post_0(topic, msg, retain, properties)
+                self._post_0(topic, msg, retain, properties, size)
                 return
         before = self._sending
         entry = self._sending = [0, properties, qos, None]
@@ -225,11 +228,9 @@ class MQTTClient5(simple.MQTTClient):
         if entry[3] and entry[3] is not True:
             raise MQTTException(entry[3])
 
-    def _post_0(self, topic, msg, retain, properties):
-        size = len(packet5.encode_publish(topic, b"", retain, properties)) + len(msg) + 3
-        self._check_taken(retain, 0, size)
+    def _post_0(self, topic, msg, retain, properties, size):
         alias = 0
-        if size + 5 < self.connack.get("maximum_packet_size", size + 6):
+        if size + 5 <= self.connack.get("maximum_packet_size", size + 5):  # an alias may take as much more
             alias, topic = self.store.alias(topic)
         self._say(packet5.encode_publish(topic, msg, retain, properties, alias))
 
