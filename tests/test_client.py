@@ -540,6 +540,61 @@ def test_publish_larger_than_the_send_buffer_goes_out_whole():
         play(scenario, version=version)
 
 
+def test_qos_0_goes_into_the_middle_of_no_large_message():
+    """What is told by the acknowledgement that makes room for the large one may publish at once."""
+
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        first = await client.publish("t", "a")
+        await client.publish("t", "b" * 2000)
+        await rig.broker.expect("PUBLISH 1 a")
+        await rig.broker.send(ack("PUBACK", first))
+        await client.acknowledged(first)
+        await client.publish("t", "c", qos=0)
+        await until(lambda: len(rig.broker.named("PUBLISH")) == 3)
+        assert sorted(p.payload for p in rig.broker.named("PUBLISH")) == [b"a", b"b" * 2000, b"c"]
+
+    play(scenario, [(0, "PUBLISH", 0, "silent")], in_flight=1)
+
+
+class _Half:
+    """A stream that takes the half of a write; for the rest there is no memory."""
+
+    out_buf = property(lambda self: b"")
+
+    @out_buf.setter
+    def out_buf(self, _):
+        raise MemoryError("no room")
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.sock = stream.sock
+        self.s = self
+
+    def write(self, data):
+        return self.stream.s.write(data[: len(data) // 2])
+
+    def close(self):
+        self.stream.s.close()
+
+
+def test_half_a_packet_that_there_is_no_memory_to_complete_ends_the_connection():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        await turns()
+        assert client._quick
+        client._stream = _Half(client._stream)
+        await client.publish("t", "a" * 100)
+        await client.publish("t", "b" * 100)
+        assert await client.drain(20)
+        assert rig.broker.trace(1) == ["CONNECT"]
+        assert rig.broker.delivered == [("t", b"a" * 100, 1), ("t", b"b" * 100, 1)]
+
+    play(scenario)
+
+
 def test_retain_and_topic_reach_the_broker():
     async def scenario(rig):
         await rig.up()

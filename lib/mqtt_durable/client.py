@@ -467,7 +467,7 @@ class Client:
                 return
             stream.out_buf = bytes(data[taken or 0 :])
             self._wake.set()
-        except OSError as e:
+        except Exception as e:  # without memory for the rest, too, half a packet has gone out
             self._failed(e)
             self._down.set()
         self._quick = False
@@ -482,6 +482,7 @@ class Client:
                 self._sent.set()
             if not store.unsent:
                 return
+            self._quick = False  # the rest of a message goes before all else
         self._wake.set()
 
     def _begin_grace(self, packet_id):
