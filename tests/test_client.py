@@ -1013,6 +1013,28 @@ def test_slow_handler_keeps_no_acknowledgement_of_our_own_messages_waiting():
     play(scenario)
 
 
+def test_reader_that_waits_for_room_owes_the_broker_nothing():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        await rig.up()
+        await client.publish("out", "a", qos=2)
+        await client.publish("out", "b", qos=2)
+        await rig.broker.expect("PUBLISH 1 a")
+        for n in range(1, 18):
+            await rig.broker.publish("t", b"%d" % n, 1, n)
+        await until(lambda: held.messages and len(client._inbox) == 16)
+        await rig.broker.send(ack("PUBREC", 1) + publish("t", b"18", 1, 18))
+        await until(lambda: client._blocked)
+        await rig.broker.expect("PUBREL 1")
+        held.gate.set()
+        await rig.broker.expect("PUBACK 18")
+        await rig.broker.send(ack("PUBCOMP", 1))
+        await rig.broker.expect("PUBLISH 2 b")
+
+    play(scenario, [(0, "PUBLISH", 0, "silent"), (0, "PUBREL", 0, "silent")], in_flight=1)
+
+
 def test_handler_may_publish_at_every_qos_while_window_and_journal_are_full():
     async def scenario(rig):
         client = rig.client

@@ -1055,6 +1055,7 @@ class Client:
                 break
             self._accepted.clear()
             self._blocked = True
+            self._wake.set()  # what has been answered until now is not to wait for that
             try:
                 await asyncio.wait_for_ms(self._accepted.wait(), self._answer_ms)
             except asyncio.TimeoutError:
