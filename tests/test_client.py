@@ -2458,6 +2458,22 @@ def test_started_again_after_close_it_goes_on_where_it_was():
     play(scenario, SILENT)
 
 
+def test_message_whose_handler_close_has_cut_short_is_not_being_handled_any_more():
+    async def scenario(rig):
+        client = rig.client
+        held = Gate(client)
+        await rig.up()
+        await rig.broker.publish("t", b"a", 1, 1)
+        await until(lambda: held.messages)
+        await client.close()
+        await client.start()
+        await rig.up(2)
+        await turns()
+        assert client.idle
+
+    play(scenario)
+
+
 def test_close_with_messages_unhandled_has_them_come_again_in_order():
     async def scenario(rig):
         client = rig.client

@@ -342,6 +342,7 @@ class Client:
                     message._coroutine.close()
             self._inbox = deque((), _INBOX)
             self._inbox_bytes = 0
+            self._handling = None
             self.store.session.busy.clear()
             if self._files:
                 self._files.clear()
