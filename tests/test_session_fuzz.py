@@ -205,6 +205,7 @@ class Link:
         while self.out_buf:
             await asyncio.sleep_ms(0)
             self.out_buf = self.out_buf[self.s.write(self.out_buf) or 0 :]
+        self.out_buf = b""
 
 
 class Socket:

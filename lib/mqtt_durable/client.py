@@ -466,7 +466,7 @@ class Client:
             taken = stream.s.write(data)
             if taken == n:
                 return
-            stream.out_buf = bytes(data[taken or 0 :])
+            stream.out_buf = data[taken or 0 :]  # the buffer is the writer's now, which sends that first
             self._wake.set()
         except Exception as e:  # without memory for the rest, too, half a packet has gone out
             self._failed(e)

@@ -133,6 +133,7 @@ class Stream:
             n = self.s.write(self.out_buf)
             if n is not None:
                 self.out_buf = self.out_buf[n:]
+        self.out_buf = b""
 
     def close(self):
         self.s.close()
