@@ -6,6 +6,7 @@ Waiting is always for an event; a bound is reached only when something is broken
 import asyncio
 import sys
 import time
+from array import array
 
 import mqtt_durable.client as client_module
 from fakebroker import FakeBroker, ack, packet, publish, turns, until
@@ -593,6 +594,20 @@ def test_half_a_packet_that_there_is_no_memory_to_complete_ends_the_connection()
         assert rig.broker.delivered == [("t", b"a" * 100, 1), ("t", b"b" * 100, 1)]
 
     play(scenario)
+
+
+def test_payload_may_be_a_view_of_what_is_larger_than_bytes():
+    async def scenario(rig):
+        numbers = array("H", (1, 2, 515))
+        await rig.up()
+        for n in range(6):
+            await rig.client.publish("t", memoryview(numbers), qos=n % 3)
+        assert await rig.client.drain(20)
+        await until(lambda: len(rig.broker.delivered) == 6)
+        assert {payload for _, payload, _ in rig.broker.delivered} == {bytes(numbers)}
+
+    for version in (4, 5):
+        play(scenario, version=version)
 
 
 def test_retain_and_topic_reach_the_broker():
@@ -2554,6 +2569,25 @@ def test_flash_that_fails_once_in_publish_is_mounted_anew_and_nothing_stored_is_
             assert _numbers(rig.broker) == [0, 1, 2, 3] and fault.hits == 1
 
         play(scenario, start=False)
+
+
+def test_journal_that_any_exception_has_left_in_a_record_is_mounted_anew():
+    async def scenario(rig):
+        client = rig.client
+        fault = _Fault(rig.nor)
+        fault.error = MemoryError("no room")
+        await rig.up()
+        await client.publish("t", "0000", qos=2)
+        assert await client.drain(20)
+        client.store.commit()  # nothing is left to be recorded, by which it would be noticed
+        fault.left = 1
+        await raised(client.publish("another topic", "lost", qos=2), MemoryError)
+        await rig.up(2)
+        await client.publish("t", "0001", qos=2)
+        assert await client.drain(20)
+        assert _numbers(rig.broker) == [0, 1] and fault.hits == 1
+
+    play(scenario)
 
 
 def test_flash_that_fails_at_any_one_operation_of_an_exchange_loses_and_doubles_nothing():

@@ -3,6 +3,8 @@
 Nothing here waits: when the client would, its clock goes on, and what is due by then happens.
 """
 
+from array import array
+
 import mqtt_durable.simple as simple
 from fakebroker import FakeBroker, Packet, ack, packet, publish
 from mqtt_durable.errors import ConnectRefused, JournalFull, JournalLost, JournalUnavailable, MQTTError
@@ -1113,5 +1115,39 @@ def test_acknowledgements_of_nothing_change_nothing():
         c.publish(b"t", b"1", qos=1)
         assert rig.broker.trace(1)[1:3] == ["PUBREL 79", "PUBCOMP 80"]
         assert c.store.session.unknown == 7  # the broker has answered our PUBREL
+
+    play(scenario)
+
+
+def test_msg_may_be_any_object_with_bytes_and_nothing_else_harms_the_journal():
+    def scenario(rig):
+        client = rig.connected()
+        numbers = array("H", (1, 2, 515))
+        for msg in (numbers, memoryview(numbers)):
+            for qos in (0, 1, 2, 1):
+                client.publish("t", msg, qos=qos)
+        for msg in (5, None, [1, 2]):
+            for qos in (0, 1):
+                raises(TypeError, lambda: client.publish("t", msg, qos=qos))  # noqa: B023
+        client.publish("t", bytearray(b"x"), qos=1)
+        assert rig.payloads() == [bytes(numbers)] * 8 + [b"x"]
+
+    play(scenario)
+
+
+def test_journal_that_any_exception_has_left_in_a_record_is_mounted_anew():
+    def scenario(rig):
+        client = rig.connected()
+        client.publish("t", b"1", qos=1)
+        program = rig.nor.writeblocks
+
+        def fail(*_):
+            rig.nor.writeblocks = program
+            raise MemoryError("no room")
+
+        rig.nor.writeblocks = fail
+        raises(MemoryError, lambda: client.publish("another topic", b"lost", qos=1))
+        client.publish("t", b"2", qos=1)
+        assert rig.payloads() == [b"1", b"2"] and rig.broker.connections == 2
 
     play(scenario)

@@ -431,8 +431,9 @@ class Client:
             if self._waits:
                 return 0
             raise
-        except OSError as e:
-            self._journal_failed(e)
+        except Exception as e:
+            if isinstance(e, OSError) or not store.journal.usable:
+                self._journal_failed(e)
             raise
         if self._grace_ms:
             self._begin_grace(packet_id)
@@ -1392,11 +1393,13 @@ def failed(error):
 
 
 def as_bytes(payload):
-    """Return payload, text as UTF-8.  Raises ValueError for what is neither text nor bytes-like."""
+    """Return payload as bytes or bytearray, text as UTF-8.  ValueError for what is neither text nor bytes-like."""
     if isinstance(payload, str):
         return payload.encode()
-    if isinstance(payload, (bytes, bytearray, memoryview)):
+    if isinstance(payload, (bytes, bytearray)):
         return payload
+    if isinstance(payload, memoryview):
+        return bytes(payload)  # its items may be larger than a byte
     raise ValueError("payload: expected text or bytes")
 
 

@@ -392,6 +392,8 @@ class MQTTClient:
             topic = topic.encode()
         if isinstance(msg, str):
             msg = msg.encode()
+        elif type(msg) is not bytes and not isinstance(msg, bytearray):
+            msg = bytes(memoryview(msg))  # its items may be larger than a byte
         if qos == 0:
             if mark is not None:
                 raise ValueError("mark: needs QoS 1 or 2")
@@ -413,8 +415,9 @@ class MQTTClient:
         store = self.store
         try:
             packet_id = store.publish(topic, msg, flags >> 1, flags & 1, self._mark)
-        except OSError as e:
-            self._lost(e)  # so that the journal is mounted anew
+        except Exception as e:
+            if isinstance(e, OSError) or not store.journal.usable:
+                self._lost(e)  # so that the journal is mounted anew
             raise
         for _ in range(2):
             try:

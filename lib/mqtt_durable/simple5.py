@@ -208,6 +208,8 @@ class MQTTClient5(simple.MQTTClient):
             topic = topic.encode()
         if isinstance(msg, str):
             msg = msg.encode()
+        elif type(msg) is not bytes and not isinstance(msg, bytearray):
+            msg = bytes(memoryview(msg))
         size = 0
         if self._up:
             size = len(topic) + 2 + (2 if qos else 0) + len(encode(properties, PUBLISH)) + len(msg)
