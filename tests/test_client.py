@@ -2186,6 +2186,22 @@ def test_full_journal_raises_and_all_that_was_stored_arrives():
     play(scenario, start=False, size=16384)
 
 
+def test_full_journal_is_left_also_when_the_program_tries_again_at_once():
+    async def scenario(rig):
+        client = rig.client
+        await _fill(client)
+        await client.start()
+        while True:
+            try:
+                await client.publish("t", "x" * 400)
+                break
+            except JournalFull:
+                assert time.ticks_diff(time.ticks_ms(), began) < 20000, "it never gets a turn"
+
+    began = time.ticks_ms()
+    play(scenario, start=False, size=16384)
+
+
 def test_full_journal_on_a_new_session_still_gets_through():
     async def scenario(rig):
         n = await _fill(rig.client)

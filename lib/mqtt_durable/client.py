@@ -389,9 +389,15 @@ class Client:
             done = _Done()
             if packet_id:
                 done._result = packet_id
+        except JournalFull as e:
+            return self._full(e)
         except Exception as e:
             return failed(e)
         return done
+
+    async def _full(self, error):
+        await self._give_way(None)  # a program that tries again at once must not keep the broker from making room
+        raise error
 
     async def _give_way(self, packet_id):
         self._burst = 0
