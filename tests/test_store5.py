@@ -686,6 +686,20 @@ def test_a_message_without_quota_is_sent_anew_when_asked_to_and_blocks_none():
             assert _heads(store) == [(0x34, 2)]
 
 
+def test_in_a_clean_session_a_message_that_had_its_pubrel_is_not_sent_again_for_want_of_quota():
+    nor = Nor(32768, 4)
+    store = _open(nor, in_flight=1)
+    store.connected(False, 7, True)
+    store.publish("t", b"1", 2)
+    store.publish("t", b"2", 2)
+    assert _heads(store) == [(0x34, 1)]
+    store.on_ack(PUBREC, 1)
+    store.on_ack(PUBREC, 1, 0x97)  # no broker should
+    assert _heads(store) == [(0x62, 1)] and not store.later and store.session.unknown == 1
+    store.on_ack(PUBCOMP, 1)
+    assert _heads(store) == [(0x34, 2)] and store.in_flight == 1
+
+
 def test_messages_without_quota_never_make_the_window_grow_without_bound():
     nor, store = _begin(sectors=16, in_flight=4)
     for n in range(100):

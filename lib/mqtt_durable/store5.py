@@ -440,7 +440,8 @@ class Store5(Store):
                 self._answer_unknown(PUBCOMP, packet_id)
                 return
         elif packet != PUBCOMP:
-            state = session.out.get(packet_id, 0) & 3
+            # In a clean session what had its PUBREL stays as it is.
+            state = REL if packet_id in session.released else session.out.get(packet_id, 0) & 3
             if packet_id in self._later:
                 session.unknown += 1
                 return
