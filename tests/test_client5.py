@@ -1361,6 +1361,26 @@ def test_nothing_follows_the_disconnect_that_answers_a_violation_and_the_client_
     play_raw(scenario, _CONNACK, version=5, in_flight=64, when_full="drop_oldest", backoff_ms=(600000, 600000))
 
 
+def test_nothing_follows_the_disconnect_of_close_either():
+    """[MQTT5-3.14.4-1]"""
+    async def scenario(rig):
+        client = rig.client
+        await until(lambda: client.connected)
+
+        end = client._said.set
+
+        def said():
+            client._failed(ProtocolError("a violation, read when it has gone out"))
+            end()
+
+        client._said.set = said
+        await client.close()
+        await until(lambda: 1 in rig.broker.closed)
+        assert rig.broker.heard[0][-2:] == b"\xe0\x00"
+
+    play_raw(scenario, _CONNACK, version=5)
+
+
 # Request and response.
 
 

@@ -482,8 +482,8 @@ class Client5(Client):
         """The broker broke a rule: DISCONNECT tells which, and nothing follows it.  Section 4.13."""
         stream = self._stream
         upload = self._files and self._files.upload
-        if stream is None or stream.out_buf or self.store.rest or (upload and upload.half):
-            return  # in the middle of a packet
+        if stream is None or self._leaving or stream.out_buf or self.store.rest or (upload and upload.half):
+            return  # in the middle of a packet, or close() has said good-bye, or will [MQTT-3.14.4-1]
         try:
             stream.s.write(packet5.encode_disconnect(reason_code))
         except (OSError, ValueError):
