@@ -182,6 +182,24 @@ def test_an_acknowledgement_costs_no_program_and_rides_with_the_next_record():
         assert [entry[:2] for entry in _sent(_reopen(nor))] == [(0x3A, 2), (0x3A, 3)]
 
 
+def test_what_waits_in_front_of_finished_messages_is_unfinished_when_a_mount_has_moved_the_head():
+    nor, store = _begin(sectors=64)
+    _publish(store, 20, 2, 0, 200)  # a snapshot has the last ones behind the window
+    for packet_id in (1, 2, 3, 4, 6, 7):
+        _sent(store)
+        store.on_ack(PUBREC, packet_id)
+        _sent(store)
+        store.on_ack(PUBCOMP, packet_id)
+        store.commit()
+    _publish(store, 1, 2, 20, 2500)  # the last record, which has no room a second time
+    store = _reopen(nor)
+    assert _sent(store)[0][:2] == (0x3C, 5)
+    store.on_ack(PUBREC, 5)
+    assert (0x62, 5, None) in _sent(store)
+    store = _reopen(nor)
+    assert _sent(store)[0] == (0x62, 5, None)
+
+
 def test_an_acknowledgement_is_recorded_by_commit_and_by_close():
     for orderly in (False, True):
         nor, store = _begin()

@@ -224,9 +224,8 @@ class Recall:
     def _look_for_oldest(self):
         session = self.session
         newest = session.newest
-        self._upto = self._taken
-        if session.out:
-            self._upto = session.back(newest, max([(newest - p) % _IDS for p in session.out]) + 1)
+        # What is finished may stand in the queue while mounting, and then what is queued in front of it is older.
+        self._upto = session.back(newest, max([(newest - p) % _IDS + 1 for p in session.out] + [self.queued]))
 
     # -- carrying
 
