@@ -7,6 +7,7 @@ import asyncio
 import errno
 import io
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -112,6 +113,31 @@ def test_write_of_a_non_blocking_socket_takes_a_part_then_none():
         assert 0 < n < len(data)
         assert a.write(data) is None
         assert a.write(b"") == 0
+
+
+def test_write_takes_a_part_of_a_buffer():
+    a, b = pair()
+    with a, b:
+        assert a.write(b"0123456789", 2) == 2
+        assert a.write(memoryview(b"0123456789"), 3, 4) == 4
+        assert a.write(b"0123456789", 8, 9) == 2
+        assert b.recv(100) == b"01" + b"3456" + b"89"
+
+
+def test_poll_tells_objects_and_ipoll_does_too():
+    a, b = pair()
+    with a, b:
+        poll = select.poll()
+        poll.register(a, select.POLLIN)
+        assert poll.poll(0) == [] and list(poll.ipoll(0)) == []
+        b.sendall(b"x")
+        assert poll.poll(0) == [(a, select.POLLIN)] and list(poll.ipoll(-1)) == [(a, select.POLLIN)]
+        poll.modify(a, select.POLLOUT)
+        assert [(found[0], found[1]) for found in poll.ipoll(0)] == [(a, select.POLLOUT)]
+        poll.unregister(a)
+        assert poll.poll(0) == []
+        poll.register(a.fileno())
+        assert poll.poll(0) == [(a.fileno(), select.POLLIN | select.POLLOUT)]
 
 
 def test_a_socket_with_a_timeout_raises_etimedout():

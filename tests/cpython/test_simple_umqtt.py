@@ -18,6 +18,7 @@ from pathlib import Path
 import paho.mqtt.client as mqtt
 import pytest
 from brokers import Mosquitto, free_port
+from mqtt_durable.simple import MQTTClient
 from packet_types import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL
 from proxy import DOWN, UP, Proxy
 
@@ -545,6 +546,25 @@ def test_messages_come_whole_over_a_link_that_carries_a_byte_at_a_time(version, 
         program = Program("mqtt_durable.simple", "PORT = %d\n" % link.port + ECHOES, tmp_path, version)
         program.end()
         assert program.lines == ["True"]
+
+
+@VERSIONS
+def test_on_cpython_too_it_speaks_with_a_real_broker(version):
+    got = []
+    with Mosquitto() as broker:
+        c = MQTTClient("p7", "127.0.0.1", broker.port, home="ram", version=version)
+        c.set_callback(lambda topic, msg: got.append((topic, msg)))
+        c.connect(False, timeout=PATIENCE_S)
+        c.subscribe(b"out/#", 2)
+        sent = [(b"out/%d" % qos, b"x" * size) for qos, size in ((0, 10), (1, 1000), (2, 3000), (0, 16000))]
+        for topic, msg in sent:
+            c.publish(topic, msg, qos=topic[4] - 48)
+        while len(got) < len(sent):
+            c.wait_msg()
+        c.disconnect()
+        assert c.connect(False) == 1 and c.check_msg() is None
+        c.disconnect()
+    assert got == sent
 
 
 @pytest.mark.parametrize("version, clean", ((4, False), (4, True), (5, False)))

@@ -6,7 +6,7 @@
 
 The unix port of MicroPython lacks only modules, and a module of this directory wins over the built-in `machine`
 because that one is extensible.  CPython also lacks functions of `time`, `sys`, `gc`, `asyncio` and `socket`: they are
-added, none is replaced.
+added; of those that are there only select.poll() is replaced, by one with ipoll().
 """
 
 import sys
@@ -47,6 +47,7 @@ def ticks_diff(a, b):
 def _install_cpython():
     import asyncio
     import gc
+    import select
     import socket
     import time
     import traceback
@@ -82,6 +83,8 @@ def _install_cpython():
 
     socket.socket.readinto = _socket_readinto
     socket.socket.write = _socket_write
+    make = select.poll
+    select.poll = lambda: _Poll(make())
 
 
 class Stream:
@@ -139,6 +142,31 @@ class Stream:
         self.s.close()
 
 
+class _Poll:
+    """MicroPython's poll object, which has ipoll() as well, and tells objects, not file descriptors."""
+
+    def __init__(self, poll):
+        self._poll = poll
+        self._objects = {}
+
+    def register(self, obj, eventmask=5):  # POLLIN | POLLOUT
+        self._poll.register(obj, eventmask)
+        self._objects[obj if isinstance(obj, int) else obj.fileno()] = obj
+
+    def unregister(self, obj):
+        self._poll.unregister(obj)
+        del self._objects[obj if isinstance(obj, int) else obj.fileno()]
+
+    def modify(self, obj, eventmask):
+        self._poll.modify(obj, eventmask)
+
+    def poll(self, timeout=-1):
+        return [(self._objects[fd], events) for fd, events in self._poll.poll(timeout)]
+
+    def ipoll(self, timeout=-1, flags=0):
+        return iter(self.poll(timeout))
+
+
 # MicroPython's stream methods go on until all is done or the socket says "not now" (py/stream.c, mp_stream_rw).
 
 
@@ -161,11 +189,14 @@ def _socket_readinto(self, buf, nbytes=-1):
     return done
 
 
-def _socket_write(self, buf, nbytes=-1):
-    """Write until all of buf is taken or EAGAIN: bytes taken, None if there were none."""
+def _socket_write(self, buf, *part):
+    """Write until all of buf, its first n bytes (n) or n bytes from off on (off, n) are taken, or EAGAIN: bytes taken,
+    None if there were none."""
     view = memoryview(buf)
-    if nbytes >= 0:
-        view = view[:nbytes]
+    if len(part) == 2:
+        view = view[part[0] :]
+    if part:
+        view = view[: part[-1]]
     done = 0
     while done < len(view):
         try:
