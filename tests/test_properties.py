@@ -9,7 +9,7 @@ SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK, _, _, DISCONNECT, AUTH = range(8, 16)
 ACKS = (PUBACK, PUBREC, PUBREL, PUBCOMP)
 
 # name, bytes, value, packets of a client that may have it, packets of a server that may
-_ALL = (
+ALL = (
     ("payload_format_indicator", b"\x01\x01", 1, (WILL, PUBLISH), (PUBLISH,)),
     ("message_expiry_interval", b"\x02\x00\x01\x51\x80", 86400, (WILL, PUBLISH), (PUBLISH,)),
     ("content_type", b"\x03\x00\x03a/b", "a/b", (WILL, PUBLISH), (PUBLISH,)),
@@ -72,7 +72,7 @@ def _code(data, packet=PUBLISH):
 
 def test_every_property_has_the_bytes_of_its_section_both_ways():
     """[MQTT5-1.5.4-1] [MQTT5-3.3.2-13] [MQTT5-3.3.2-19]"""
-    for name, data, value, out, into in _ALL:
+    for name, data, value, out, into in ALL:
         for packet in out:
             assert encode({name: value}, packet) == _block(data), (name, packet)
         for packet in into:
@@ -95,7 +95,7 @@ def test_no_properties_are_a_length_of_0():
 
 def test_a_packet_takes_its_own_properties_only():
     """[MQTT5-3.3.4-6] [MQTT5-3.14.2-2]"""
-    for name, data, value, out, into in _ALL:
+    for name, data, value, out, into in ALL:
         for packet in _CLIENT:
             if packet not in out:
                 text = str(raises(ValueError, encode, {name: value}, packet))

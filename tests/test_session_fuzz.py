@@ -1,5 +1,5 @@
 """The client against a broker gone mad: test_session_fuzz.py FIRST LAST runs more seeds, SEED replays one
-(on MicroPython not always: there the order of tasks depends on the clock).
+(on MicroPython not always: there the order of tasks depends on the clock).  FIRST LAST 5 speaks MQTT 5.
 
 The broker is a generator of answers, lies, duplicates, packets in a wrong order, illegal and damaged ones and
 rubbish, in pieces cut at any byte, over links that break at any byte; now and then the power fails.  A reader of its
@@ -13,6 +13,10 @@ own, written against the standard and not against the decoder, follows what both
 - what the client sends is well-formed, what it acknowledges has come, what it sends again has DUP, and no PUBLISH
   follows its PUBREL;
 - the decoder's buffer stays within the limit, and every queue within its bound.
+
+With MQTT 5 a message is finished, too, when it is refused or has expired, or when the broker takes none of its size;
+one that had no quota is not.  What the client sends keeps to the limits that CONNACK told: how many are in flight, the
+size, QoS, retain and topic aliases.  A message has its properties, and of its expiry interval what is left.
 """
 
 import sys
@@ -30,11 +34,14 @@ import gc  # noqa: E402
 
 import mqtt_durable.client as client_module  # noqa: E402
 import mqtt_durable.packet as packet_module  # noqa: E402
-from fakebroker import ack, packet, publish  # noqa: E402
+import mqtt_durable.packet5 as packet5_module  # noqa: E402
+from fakebroker import ack, block, packet, publish, told  # noqa: E402
+from mqtt_durable.client5 import Client5  # noqa: E402
 from mqtt_durable.errors import JournalFull, MQTTError, SubscribeRefused  # noqa: E402
 from norsim import Rng  # noqa: E402
 from packet_types import NAMES  # noqa: E402
 from test_client import Rig  # noqa: E402
+from test_properties import ALL  # noqa: E402
 
 _ECONNRESET = 104
 _INBOX_BYTES = 8192
@@ -73,6 +80,53 @@ _ILLEGAL = (
     b"\x30\x03\x00\x01\x00",
     b"\x30\xff\xff\xff\xff\x01",
     b"HTTP/1.1 302 Found\r\n\r\n",
+)
+
+# MQTT 5.
+_PUBLISH = 3
+_SUBSCRIPTION, _ALIAS = 0x0B, 0x23  # properties
+_QUOTA = 0x97
+_WALL = 1 << 30
+_ALIASES = 16  # that the client allows
+_LARGEST = 1 << 28
+_ACK = b"\x00\x10\x80\x83\x87\x90\x91\x97\x99"
+_REASONS = {
+    "PUBACK": _ACK,
+    "PUBREC": _ACK,
+    "PUBREL": b"\x00\x92",
+    "PUBCOMP": b"\x00\x92",
+    "SUBACK": b"\x00\x01\x02\x80\x83\x87\x8f\x91\x97\x9e\xa1\xa2",
+    "UNSUBACK": b"\x00\x11\x80\x83\x87\x8f\x91",
+}
+_PROPERTIES = {row[1][0]: (row[0], row[2], len(row[1]) - 1, row[3], row[4]) for row in ALL}
+_ILLEGAL_5 = _ILLEGAL + (
+    b"\x20\x03\x01\x00\x00",
+    b"\x20\x06\x00\x00\x03\x21\x00\x00",
+    b"\x40\x03\x00\x01\x01",
+    b"\x40\x04\x00\x01\x00\x01",
+    b"\x40\x06\x00\x01\x00\x02\x01\x00",
+    b"\x50\x03\x00\x01\x92",
+    b"\x62\x03\x00\x01\x80",
+    b"\x90\x03\xfe\x00\x00",
+    b"\x90\x04\xfe\x00\x00\x03",
+    b"\xb0\x03\xfe\x00\x00",
+    b"\xb0\x02\xfe\x00",
+    b"\x30\x04\x00\x01t\x80",
+    b"\x30\x05\x00\x01t\x80\x00",
+    b"\x30\x84\x00\x00\x01t\x00",
+    b"\x30\x07\x00\x01t\x03\x23\x00\x00",
+    b"\x30\x07\x00\x01t\x03\x23\x00\x11",
+    b"\x30\x06\x00\x00\x03\x23\x00\x10",
+    b"\x30\x06\x00\x01t\x02\x0b\x00",
+    b"\x30\x06\x00\x01t\x02\x01\x02",
+    b"\x30\x08\x00\x01t\x04\x01\x00\x01\x00",
+    b"\x30\x09\x00\x01t\x05\x11\x00\x00\x00\x01",
+    b"\x30\x08\x00\x01t\x04\x08\x00\x01+",
+    b"\x30\x09\x00\x01t\x05\x03\x00\x02\xc0\x80",
+    b"\xe0\x01\x04",
+    b"\xe0\x02\x8b\x01",
+    b"\xf0\x02\x18\x00",
+    b"\xf0\x06\x18\x04\x15\x00\x01m",
 )
 
 
@@ -122,19 +176,114 @@ def number(body, at=0):
     return body[at] << 8 | body[at + 1]
 
 
-def publish_fields(flags, body):
-    """(qos, packet identifier, topic, payload) of a PUBLISH."""
+def varint(body, at):
+    """The variable byte integer at body[at], and the offset behind it."""
+    n = shift = 0
+    while at < len(body) and shift < 28:
+        n |= (body[at] & 127) << shift
+        shift += 7
+        at += 1
+        if body[at - 1] < 128:
+            if shift > 7 and not body[at - 1]:
+                break
+            return n, at
+    raise Violation("variable byte integer")
+
+
+def field(body, at):
+    """The bytes at body[at] behind their length, and the offset behind them."""
+    end = at + 2 + number(body, at)
+    if end > len(body):
+        raise Violation("field")
+    return body[at + 2 : end], end
+
+
+def properties(body, at, kind, out):
+    """({name: value}, offset behind them) of the properties at body[at].  out: of a client."""
+    n, at = varint(body, at)
+    stop = at + n
+    if stop > len(body):
+        raise Violation("property length")
+    body = body[:stop]
+    found = {}
+    while at < stop:
+        ident = body[at]
+        at += 1
+        if ident == _SUBSCRIPTION and kind == _PUBLISH and not out:
+            value, at = varint(body, at)
+            if not value:
+                raise Violation("subscription identifier 0")
+            found.setdefault("subscription_identifiers", []).append(value)
+            continue
+        name, like, size, of_client, of_server = _PROPERTIES.get(ident, ("", 0, 0, (), ()))
+        if kind not in (of_client if out else of_server) and (ident != _ALIAS or kind != _PUBLISH):
+            raise Violation("property 0x%02x" % ident)
+        if isinstance(like, int):
+            if at + size > stop:
+                raise Violation(name)
+            value = int.from_bytes(body[at : at + size], "big")
+            at += size
+            if (size == 1 and value > 1) or (not value and name in ("receive_maximum", "maximum_packet_size")):
+                raise Violation(name)
+        else:
+            value, at = field(body, at)
+            value = bytes(value) if isinstance(like, bytes) else text(value)
+            if name == "response_topic" and (not value or "+" in value or "#" in value):
+                raise Violation(name)
+            if isinstance(like, list):
+                second, at = field(body, at)
+                found.setdefault(name, []).append((value, text(second)))
+                continue
+        if name in found:
+            raise Violation(name + " twice")
+        found[name] = value
+    return found, at
+
+
+def ending(body, at, kind, out):
+    """(reason code, properties) at the end of a packet, where both may lack."""
+    if at >= len(body):
+        return 0, {}
+    found = {}
+    end = at + 1
+    if end < len(body):
+        found, end = properties(body, end, kind, out)
+    if end != len(body):
+        raise Violation("bytes behind properties")
+    return body[at], found
+
+
+def publish_fields(flags, body, aliases=None, most=0, out=False):
+    """(qos, packet identifier, topic, payload, properties) of a PUBLISH.  aliases: topic alias -> topic, None: MQTT
+    3.1.1.  most: topic aliases that there may be.  out: of a client."""
     qos = flags >> 1 & 3
     if qos == 3 or (flags & 8 and not qos):
         raise Violation("flags of PUBLISH")
     n = number(body)
     topic = text(body[2 : 2 + n])
-    if not n or len(body) < 2 + n or "+" in topic or "#" in topic:
+    if len(body) < 2 + n or "+" in topic or "#" in topic:
         raise Violation("topic name")
     packet_id = number(body, 2 + n) if qos else 0
     if qos and not packet_id:
         raise Violation("packet identifier 0")
-    return qos, packet_id, topic, bytes(body[2 + n + (2 if qos else 0) :])
+    at = 2 + n + (2 if qos else 0)
+    found = {}
+    if aliases is not None:
+        found, at = properties(body, at, _PUBLISH, out)
+        if "topic_alias" in found:
+            alias = found.pop("topic_alias")
+            if not 0 < alias <= most:
+                raise Violation("topic alias")
+            if topic:
+                aliases[alias] = topic
+            topic = aliases.get(alias, "")
+    if not topic:
+        raise Violation("topic name")
+    return qos, packet_id, topic, bytes(body[at:]), found
+
+
+def as_key(qos, packet_id, topic, payload, found):
+    return qos, packet_id, topic, payload, str(sorted(found.items()))
 
 
 class Link:
@@ -162,6 +311,13 @@ class Link:
         self.names = []  # of the packets that the broker has
         self.unanswered = []  # (name, packet identifier, QoS)
         self.came = {}  # name -> packet identifiers that may be answered with it
+        # MQTT 5:
+        self.connack = {}  # its properties
+        self.aliases = self.aliases_out = None
+        if broker.five:
+            self.aliases, self.aliases_out = {}, {}
+        self.flight = set()  # packet identifiers of PUBLISHes over this connection that wait for their end
+        self.early = set()  # those whose end was told before they came: such a lie may widen the window
 
     def close(self):
         self.closed = True
@@ -180,7 +336,7 @@ class Link:
             for _ in range(rng.below(6)):
                 await asyncio.sleep_ms(0)
             if broker.honest:
-                if not self.unanswered:
+                if not self.unanswered and not self.ends:
                     self.wake.clear()
                     await self.wake.wait()
                 broker.answer(self)
@@ -246,9 +402,10 @@ class MadBroker:
 
     port = 1883
 
-    def __init__(self, seed):
+    def __init__(self, seed, version=4):
         rng = self.rng = Rng(seed)
         self.seed = seed
+        self.five = version == 5
         self.honest = False
         self.session = False  # as an honest broker knows it
         self.fault = None
@@ -256,7 +413,7 @@ class MadBroker:
         self.connections = 0
         self.link = None
         # Outbound: what the program published, and what was told of it.
-        self.published = {}  # packet identifier -> (topic, payload, QoS)
+        self.published = {}  # packet identifier -> (topic, payload, QoS, retain, properties, .seconds then)
         self.owed = {}  # those that no acknowledgement has come for
         self.seen = set()  # those that the broker has whole, in this session
         self.released = set()  # those of which PUBREL was sent
@@ -279,15 +436,29 @@ class MadBroker:
         self.forgets = rng.below(5) == 0  # each connection is a session of its own
         if self.forgets:
             options["clean"] = True
+        self.in_flight = options["in_flight"]
+        self.connacks = []  # properties of those that have come since it was last looked what has ended
+        self.seconds = self.booted = 0
+        self.clock_set = False
+        if self.five:
+            Client5._clock = lambda client: self.clock()
+            options["version"] = 5
         self.rig = Rig(self, fresh=rng.below(3) == 0, **options)
 
-    def count(self, name):
-        self.figures[name] = self.figures.get(name, 0) + 1
+    def clock(self):
+        return _WALL + self.seconds if self.clock_set else self.seconds - self.booted
+
+    def count(self, name, n=1):
+        self.figures[name] = self.figures.get(name, 0) + n
 
     def fail(self, what):
-        what = "test_session_fuzz.py %d: connection %d: %s" % (self.seed, self.connections, what)
+        what = "%s: connection %d: %s" % (self.name(), self.connections, what)
         self.fault = self.fault or what
         raise AssertionError(what)
+
+    def name(self):
+        seeds = "%d %d 5" % (self.seed, self.seed + 1) if self.five else "%d" % self.seed
+        return "test_session_fuzz.py " + seeds
 
     # -- the link
 
@@ -307,7 +478,9 @@ class MadBroker:
                 found = take_packet(link.unheard)
                 if not found or not found[0]:
                     return
-                name, flags, body, link.unheard, _ = found
+                name, flags, body, link.unheard, size = found
+                if name != "CONNECT" and size > link.connack.get("maximum_packet_size", _LARGEST):
+                    self.fail("%s of %d bytes" % (name, size))
                 self.take(link, name, flags, body)
         except Violation as e:
             self.fail("the client violates the rules of %s after %s" % (e, link.names[-5:]))
@@ -322,16 +495,22 @@ class MadBroker:
             if self.forgets:
                 self.released.clear()
         if name == "PUBLISH":
-            qos, packet_id, topic, payload = publish_fields(flags, body)
+            most = link.connack.get("topic_alias_maximum", 0)
+            qos, packet_id, topic, payload, found = publish_fields(flags, body, link.aliases_out, most, True)
             if qos:
-                if self.published.get(packet_id) != (topic, payload, qos):
-                    self.fail("message %d is another one" % packet_id)
+                self.compare(link, packet_id, topic, payload, qos, flags & 1, found)
                 if packet_id in self.released:
                     self.fail("PUBLISH %d after its PUBREL" % packet_id)
                 if packet_id in self.seen and not flags & 8:
                     self.fail("PUBLISH %d again without DUP" % packet_id)
                 self.seen.add(packet_id)
+                link.flight.add(packet_id)
+                most = min(self.in_flight, link.connack.get("receive_maximum", 65535))
+                if self.five and len(link.flight) > most + len(link.early):
+                    self.fail("%d in flight" % len(link.flight))
         else:
+            if self.five:
+                self.parse(name, body, link)
             if flags != _FLAGS.get(name, 0):
                 self.fail("flags %d in %s" % (flags, name))
             qos = 0
@@ -351,6 +530,40 @@ class MadBroker:
             link.unanswered.append((name, packet_id, qos))
         link.wake.set()
 
+    def compare(self, link, packet_id, topic, payload, qos, retain, found):
+        """Fail if that is not the message with this packet identifier, or what CONNACK has left of it."""
+        known = self.published.get(packet_id)
+        if known:
+            expected = dict(known[4])
+            interval = expected.pop("message_expiry_interval", -1)
+            left = found.pop("message_expiry_interval", -1)
+            known_qos = min(known[2], link.connack.get("maximum_qos", 2))
+            known_retain = known[3] and link.connack.get("retain_available", 1)
+            if (topic, payload, qos, retain, found) == (known[0], known[1], known_qos, known_retain, expected):
+                least = max(1, interval - self.seconds + known[5])
+                if left == interval or (interval >= 0 and least <= left <= max(1, interval)):
+                    return
+        self.fail("message %d is another one" % packet_id)
+
+    def parse(self, name, body, link):
+        """Violation if the client's packet, no PUBLISH, is none of MQTT 5."""
+        kind = NAMES.index(name)
+        if name == "CONNECT":
+            properties(body, 10, kind, True)
+        elif name in ("SUBSCRIBE", "UNSUBSCRIBE"):
+            _, at = properties(body, 2, kind, True)
+            topic_filter, at = field(body, at)
+            text(topic_filter)
+            if len(body) - at != (1 if name == "SUBSCRIBE" else 0):
+                raise Violation("options")
+        elif name != "PINGREQ":
+            code, _ = ending(body, 0 if name == "DISCONNECT" else 2, kind, True)
+            if name == "DISCONNECT":
+                if code >= 0x80:
+                    self.count("violations told")
+            elif code not in _REASONS[name]:
+                raise Violation("reason code 0x%02x" % code)
+
     def read_by_client(self, link, data):
         """Bytes have gone to the client: from here on it may act on them."""
         link.unread += data
@@ -362,11 +575,15 @@ class MadBroker:
                 name, flags, body, rest, size = found
                 if not name:
                     # One that is too large is passed over, and may be acknowledged when its head is there.
-                    if size > self.limit and link.unread[0] >> 4 == 3 and not link.passing and len(body) > 1:
+                    large = size > self.limit and not self.five
+                    if large and link.unread[0] >> 4 == 3 and not link.passing and len(body) > 1:
                         if len(body) >= number(body) + 4:
                             link.passing = True
                             self.understand(link, "PUBLISH", flags, body, size)
                     return
+                head = size - len(body)
+                if self.five and head > 2 and not link.unread[head - 1]:
+                    raise Violation("a remaining length longer than needed")
                 if not link.passing:
                     self.understand(link, name, flags, body, size)
                 link.unread = rest
@@ -379,12 +596,14 @@ class MadBroker:
         self.count("packets to the client")
         if link.first and (name != "CONNACK" or body[1:2] != b"\0"):
             raise Violation("the handshake")
+        if self.five and size > self.limit:
+            raise Violation("the maximum packet size")
         if name == "PUBLISH":
-            qos, packet_id, topic, payload = publish_fields(flags, body)
+            qos, packet_id, topic, payload, found = publish_fields(flags, body, link.aliases, _ALIASES)
             if size > self.limit or topic[0] == "$":
                 self.taken.add(packet_id)
             else:
-                key = qos, packet_id, topic, payload
+                key = as_key(qos, packet_id, topic, payload, found)
                 self.due[key] = self.due.get(key, 0) + 1
             if qos:
                 # Either answer will do if the broker has used this identifier at both.
@@ -395,13 +614,28 @@ class MadBroker:
             return
         if name not in _FIXED and name != "SUBACK":
             raise Violation(str(name))
-        if flags != _FLAGS.get(name, 0) or len(body) != _FIXED.get(name, len(body)):
+        fixed = _FIXED.get(name, len(body))
+        if flags != _FLAGS.get(name, 0) or len(body) < fixed or (len(body) > fixed and (not self.five or not fixed)):
             raise Violation("a fixed header")
         if name == "PINGRESP":
             return
+        code, found, codes = 0, {}, body[2:]
+        if self.five:
+            kind = NAMES.index(name)
+            if name in ("CONNACK", "SUBACK", "UNSUBACK"):
+                found, at = properties(body, 2, kind, False)
+                codes = body[at:]
+            else:
+                code, found = ending(body, 2, kind, False)
+                codes = bytes((code,))
+            expected = _REASONS.get(name, b"")
+            if (not codes) != (not expected) or [code for code in codes if code not in expected]:
+                raise Violation("the reason codes of %s" % name)
         if name == "CONNACK":
-            if not link.first or body[0] > 1 or (body[0] and link.clean):
+            if not link.first or body[0] > 1 or (body[0] and link.clean) or "authentication_method" in found:
                 raise Violation("CONNACK")
+            link.connack = found
+            self.connacks.append(found)
             if not body[0]:
                 self.seen.clear()
                 self.unreleased.clear()
@@ -412,17 +646,24 @@ class MadBroker:
         if not packet_id:
             raise Violation("packet identifier 0")
         if name == "SUBACK":
-            if len(body) < 3 or [code for code in body[2:] if code not in (0, 1, 2, 128)]:
+            if not self.five and (not codes or [code for code in codes if code not in (0, 1, 2, 128)]):
                 raise Violation("SUBACK")
         elif name == "PUBREL":
             link.came.setdefault("PUBCOMP", []).append(packet_id)
             self.unreleased.pop(packet_id, None)
         elif name in ("PUBACK", "PUBREC"):
             qos = 1 if name == "PUBACK" else 2
-            if self.owed.get(packet_id) == qos:
-                del self.owed[packet_id]
-            if qos == 1:  # after a power cut an identifier that had its grace is given again
+            lowered = qos == 1 and link.connack.get("maximum_qos") == 1
+            if code != _QUOTA and (self.owed.get(packet_id) == qos or lowered):
+                self.owed.pop(packet_id, 0)
+            # After a power cut an identifier that had its grace is given again.  What was refused may come again, too,
+            # or is sent anew.
+            if qos == 1 or code >= 0x80:
                 self.seen.discard(packet_id)
+        if name in ("PUBACK", "PUBCOMP") or code >= 0x80:
+            if packet_id not in link.flight and self.rig.client.store.is_live(packet_id):
+                link.early.add(packet_id)
+            link.flight.discard(packet_id)
 
     # -- what the broker does
 
@@ -433,16 +674,84 @@ class MadBroker:
                 present = self.session and not link.clean
                 if not self.honest:
                     present = self.rng.below(4) > 0 and (not link.clean or self.rng.below(8) == 0)
-                link.coming += bytes((0x20, 2, present, 0))
+                five = self.five
+                link.coming += told("CONNACK", 0, self.some_limits(), present) if five else bytes((0x20, 2, present, 0))
                 self.session = not link.clean
             elif name == "SUBSCRIBE":
-                link.coming += bytes((0x90, 3, packet_id >> 8, packet_id & 255, 0))
+                link.coming += self.codes("SUBACK", packet_id)
             elif name == "PINGREQ":
                 link.coming += b"\xd0\x00"
             elif name != "PUBLISH" or qos:
                 after = {"PUBREC": "PUBREL", "PUBREL": "PUBCOMP", "UNSUBSCRIBE": "UNSUBACK"}
-                link.coming += ack(after.get(name) or ("PUBACK" if qos == 1 else "PUBREC"), packet_id)
+                link.coming += self.ack(after.get(name) or ("PUBACK" if qos == 1 else "PUBREC"), packet_id)
         link.unanswered = []
+
+    def ack(self, name, packet_id):
+        """Of MQTT 5 with any reason code, unless the broker is honest."""
+        if not self.five:
+            return ack(name, packet_id)
+        if name == "UNSUBACK":
+            return self.codes(name, packet_id)
+        rng = self.rng
+        code = 0
+        if not self.honest and rng.below(4) == 0:
+            code = _QUOTA if name in ("PUBACK", "PUBREC") and rng.below(2) else self.some_code(name)
+        return ack(name, packet_id, code, self.some_told())
+
+    def some_code(self, name):
+        codes = _REASONS[name]
+        return codes[self.rng.below(len(codes))]
+
+    def codes(self, name, packet_id, code=0):
+        """A SUBACK or UNSUBACK."""
+        head = bytes((packet_id >> 8, packet_id & 255))
+        if self.five:
+            head += block(self.some_told())
+            if not self.honest and self.rng.below(3) == 0:
+                code = self.some_code(name)
+        return packet(NAMES.index(name) << 4, head + bytes((code,)))
+
+    def some_told(self):
+        """Properties that any answer may have."""
+        what = self.rng.below(12)
+        if what == 0:
+            return {"reason_string": "no"}
+        return {"user_properties": [("a", "b"), ("a", "")]} if what == 1 else {}
+
+    def some_limits(self):
+        """Properties of a CONNACK."""
+        rng = self.rng
+        found = self.some_told()
+        if not self.honest:
+            for name, often, least, most in (
+                ("receive_maximum", 2, 1, 20),
+                ("maximum_packet_size", 4, 60, 1600),
+                ("maximum_qos", 8, 0, 1),
+                ("retain_available", 4, 0, 1),
+                ("topic_alias_maximum", 2, 0, 10),
+                ("server_keep_alive", 8, 0, 65535),
+                ("session_expiry_interval", 8, 0, 65535),
+                ("shared_subscription_available", 8, 0, 1),
+            ):
+                if rng.below(often) == 0:
+                    found[name] = least + rng.below(most - least + 1)
+        return found
+
+    def some_properties(self):
+        """Of a PUBLISH, both ways."""
+        rng = self.rng
+        found = {}
+        for name, often, value in (
+            ("user_properties", 6, [("a", "b"), ("a", "")]),
+            ("content_type", 6, "text/plain"),
+            ("correlation_data", 6, b"\x00\xff"),
+            ("response_topic", 6, "in/answer"),
+            ("payload_format_indicator", 6, 0),
+            ("message_expiry_interval", 3, (0, 5, 50, 4000000000)[rng.below(4)]),
+        ):
+            if rng.below(often) == 0:
+                found[name] = value
+        return found
 
     def some_id(self):
         rng = self.rng
@@ -457,8 +766,20 @@ class MadBroker:
         qos = rng.below(3)
         if qos and rng.below(30):
             qos = 1 + packet_id % 2
-        size = self.limit + rng.below(3000) if rng.below(12) == 0 else rng.below((20, 200, self.limit)[rng.below(3)])
-        self.sent.append(publish("in/%d" % rng.below(3), rng.bytes(size), qos, packet_id))
+        size = rng.below((20, 200, self.limit)[rng.below(3)])
+        if rng.below(60 if self.five else 12) == 0:
+            size = self.limit + rng.below(3000)
+        topic = "in/%d" % rng.below(3)
+        found = None
+        if self.five:
+            found = self.some_properties()
+            size = max(0, size - 100)
+            if rng.below(4) == 0:
+                found["subscription_identifiers"] = [1, 268435455]
+            if rng.below(4) == 0:
+                found["topic_alias"] = 1 + rng.below(2)
+                topic = topic if rng.below(4) else ""
+        self.sent.append(publish(topic, rng.bytes(size), qos, packet_id, properties=found))
         if len(self.sent) > 20:
             self.sent.pop(0)
         return self.sent[-1]
@@ -470,11 +791,11 @@ class MadBroker:
             return self.some_publish()
         if what < 7:
             name = ("PUBACK", "PUBREC", "PUBREL", "PUBCOMP")[rng.below(4)]
-            return ack(name, self.some_id() or 1)
+            return self.ack(name, self.some_id() or 1)
         if what < 8:
-            return ack("UNSUBACK", self.some_id() or 1)
+            return self.ack("UNSUBACK", self.some_id() or 1)
         if what < 9:
-            return packet(0x90, bytes((0xFE, rng.below(8), (0, 1, 2, 128)[rng.below(4)])))
+            return self.codes("SUBACK", 0xFE00 + rng.below(8), (0, 1, 2, 128)[rng.below(4)])
         return b"\xd0\x00"
 
     def act(self, link):
@@ -502,7 +823,8 @@ class MadBroker:
             link.unanswered = due[::-1] + due[: rng.below(3)]
             self.answer(link)
         elif what < 87:
-            link.coming += _ILLEGAL[rng.below(len(_ILLEGAL))]
+            illegal = _ILLEGAL_5 if self.five else _ILLEGAL
+            link.coming += illegal[rng.below(len(illegal))]
         elif what < 89:
             link.coming += rng.bytes(1 + rng.below(40))
         elif what < 92:  # damaged
@@ -519,13 +841,17 @@ class MadBroker:
             link.ends = 1 + rng.below(2)
         elif what < 97:
             link.coming += bytes((0x20, 2, rng.below(2), rng.below(8)))
+        elif what < 98 and self.five:
+            name, code = (("AUTH", 0x18), ("DISCONNECT", (0x00, 0x8B, 0x8E, 0x97)[rng.below(4)]))[rng.below(2)]
+            link.coming += told(name, code, self.some_told())
 
     # -- the program
 
     def on_message(self, message):
         packet_id = message._id & 0xFFFF
         epoch = message._id >> 16
-        key = message.qos, packet_id, message.topic, message.payload
+        found = message.properties if self.five else {}
+        key = as_key(message.qos, packet_id, message.topic, message.payload, found)
         left = self.due.get(key, 0)
         if not left:
             self.fail("a message that was not sent: %r" % (key,))
@@ -543,11 +869,12 @@ class MadBroker:
     def prepare(self, client):
         slow = 200 if self.seed % 8 == 7 else 12
         client._pulse_ms = _NEVER_MS
+        client._keep_alive = lambda keep_alive_s: None
         original = client._failed
 
         def failed(error):
             if not isinstance(error, (MQTTError, OSError, asyncio.TimeoutError)):
-                self.fault = self.fault or "test_session_fuzz.py %d: %r" % (self.seed, error)
+                self.fault = self.fault or "%s: %r" % (self.name(), error)
             original(error)
 
         async def handle(message):
@@ -575,9 +902,13 @@ class MadBroker:
         store = client.store
         if self.fault:
             raise AssertionError(self.fault)
-        for packet_id in self.owed:
+        for packet_id in list(self.owed):
             if not store.is_live(packet_id):
-                self.fail("message %d is lost" % packet_id)
+                if not self.may_end(packet_id):
+                    self.fail("message %d is lost" % packet_id)
+                del self.owed[packet_id]
+                self.count("expired, too large or without QoS")
+        self.connacks = [self.link.connack] if self.link else []
         session = store.session
         if len(session.busy) + len(session.held) > 256 or len(client._outbox) > 520 or store.lost:
             self.fail("out of bounds: %r" % client.stats())
@@ -586,24 +917,59 @@ class MadBroker:
         if client._run_task and client._run_task.done():
             self.fail("the client has ended")
 
+    def may_end(self, packet_id):
+        """Whether a message may have ended although the broker has not acknowledged it."""
+        topic, payload, qos, _, found, then = self.published[packet_id]
+        if found.get("message_expiry_interval", self.seconds) <= self.seconds - then:
+            return True
+        for connack in self.connacks:
+            if not connack.get("maximum_qos", 2) or self.is_too_large(connack, topic, payload, qos, found):
+                return True
+        return False
+
+    def is_too_large(self, connack, topic, payload, qos, found):
+        size = len(publish(topic, payload, min(qos, connack.get("maximum_qos", 2)), 1, properties=found))
+        return size > connack.get("maximum_packet_size", _LARGEST)
+
+    def pass_time(self):
+        """Seconds pass, the clock may be set, and what the broker had no quota for may be due."""
+        rng = self.rng
+        client = self.rig.client
+        self.seconds += rng.below(3)
+        self.clock_set = self.clock_set or rng.below(100) == 0
+        if client.connected and rng.below(8) == 0:
+            self.count("sent again for quota", client.store.later)
+            client._retry_ms = 0
+            client._sweep()
+            client._sweep()
+
     async def step(self):
         rng = self.rng
         client = self.rig.client
+        if self.five:
+            self.pass_time()
         what = rng.below(100)
         if what < 50:
             qos = (0, 1, 1, 2, 2)[rng.below(5)]
             topic = "out/%d" % rng.below(3)
             payload = rng.bytes(rng.below((10, 100, 1500)[rng.below(3)]))
+            retain = self.five and rng.below(8) == 0
+            found = self.some_properties() if self.five else {}
             expected = client.store.session.newest % 65023 + 1
             if qos:  # it may go out, and be acknowledged, before publish() returns
-                self.published[expected] = topic, payload, qos
+                self.published[expected] = topic, payload, qos, retain, found, self.seconds
                 self.owed[expected] = qos
             try:
-                packet_id = await client.publish(topic, payload, qos)
-            except JournalFull:
+                packet_id = await client.publish(topic, payload, qos, retain, properties=found or None)
+            except (JournalFull, ValueError) as e:
                 if qos:
                     del self.owed[expected]
                 self.count("refused")
+                if isinstance(e, ValueError):
+                    said = client.connected and self.link.connack or {}
+                    over = qos > said.get("maximum_qos", 2) or (retain and not said.get("retain_available", 1))
+                    if not over and not self.is_too_large(said, topic, payload, qos, found):
+                        self.fail("not taken: %r" % e)
                 return
             if qos:
                 if packet_id != expected:
@@ -637,6 +1003,10 @@ class MadBroker:
         await self.stop_tasks()
         graced = list(self.rig.client.store._held)
         await self.rig.cut()
+        if self.five:
+            self.seconds += self.rng.below(10)
+            self.booted = self.seconds
+            self.clock_set = self.rng.below(2) == 0
         self.forget_connack()
         self.cuts += 1
         self.link = None
@@ -699,14 +1069,15 @@ class MadBroker:
         self.fail("comes to no end: %r" % self.rig.client.stats())
 
 
-def run(first, last, steps):
+def run(first, last, steps, version=4):
     """Run the seeds first..last-1; return their figures, summed."""
     figures = {}
     dial = client_module.dial
+    clock = Client5._clock
     try:
         for seed in range(first, last):
             gc.collect()
-            one = MadBroker(seed)
+            one = MadBroker(seed, version)
             client_module.dial = one.dial
 
             def counted(*args):
@@ -714,7 +1085,7 @@ def run(first, last, steps):
                 one.largest = max(one.largest, len(data))
                 return data
 
-            packet_module.bytearray = counted
+            packet_module.bytearray = packet5_module.bytearray = counted
             try:
                 asyncio.run(one.run(steps))
             finally:
@@ -723,23 +1094,33 @@ def run(first, last, steps):
                 figures[name] = figures.get(name, 0) + n
     finally:
         client_module.dial = dial
-        if hasattr(packet_module, "bytearray"):
-            del packet_module.bytearray
+        Client5._clock = clock
+        for module in (packet_module, packet5_module):
+            if hasattr(module, "bytearray"):
+                del module.bytearray
     return figures
 
 
-def told(figures):
+def summary(figures):
     return ", ".join(["%s %d" % (name, figures[name]) for name in sorted(figures)])
 
 
 def test_a_mad_broker_costs_no_message_and_doubles_none():
     figures = run(0, 12 if sys.implementation.name != "micropython" else 4, 300)
-    print(told(figures))
+    print(summary(figures))
     for name in ("published", "messages received", "violations", "power cuts", "connections"):
+        assert figures.get(name), name
+
+
+def test_a_mad_broker_of_mqtt_5_does_neither():
+    figures = run(0, 12 if sys.implementation.name != "micropython" else 1, 300, 5)
+    print(summary(figures))
+    for name in ("published", "messages received", "violations told", "power cuts", "sent again for quota"):
         assert figures.get(name), name
 
 
 if __name__ == "__main__":
     first = int(sys.argv[1])
     last = int(sys.argv[2]) if len(sys.argv) > 2 else first + 1
-    print(told(run(first, last, 300)))
+    version = int(sys.argv[3]) if len(sys.argv) > 3 else 4
+    print(summary(run(first, last, 300, version)))
