@@ -443,10 +443,10 @@ def test_a_reset_soon_after_the_start_is_refused():
 
 
 def test_a_bad_configuration_gives_a_line_for_each_mistake():
-    bad = configured(session={"clean": 1}, client_id="")
+    bad = configured(session={"clean": 1}, client_id=7)
     why, lines = run_main(bad)
     assert lines[:2] == [
-        'client_id: found "", expected a text of 1-128 bytes',
+        "client_id: found 7, expected a text of 1-128 bytes",
         "session.clean: found 1, expected true or false",
     ]
     assert why == "bad configuration" and "REPL" in lines[-1] and len(lines) == 4
