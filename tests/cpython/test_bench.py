@@ -49,7 +49,10 @@ def test_entry_publishes_and_receives_what_it_is_asked_for(bench, name):
             for qos in entry.qualities:
                 before = len(far.arrived)
                 assert bench.result(entry, "publish", broker, qos, FEW) > 0
-                far.settle()
+                for _ in range(100):  # at QoS 0 the broker may still have to read them when the program has ended
+                    far.settle()
+                    if len(far.arrived) - before >= 32 + FEW:
+                        break
                 assert len(far.arrived) - before == 32 + FEW  # the 32 go ahead of those that are measured
             assert not far.strange
         for qos in entry.qualities:
