@@ -564,7 +564,7 @@ def heap_32(bench, entry):
             if path.suffix in (".mpy", ".py"):
                 files.setdefault(path.relative_to(place).as_posix(), path)
     files["journal.bin"] = write(bench.here / "journal.bin", b"\xff" * 65536)
-    connect = "await entry._connect()" if hasattr_in(entry, "_connect") else "entry.connect()"
+    connect = "await entry._connect()" if is_asynchronous(entry) else "entry.connect()"
     steps = (
         "import nowhere; nowhere.install(); import with_%s as adapter" % entry.name,
         "entry = adapter.Entry(1883, 'file:/bench/journal.bin', 16)",
@@ -574,8 +574,9 @@ def heap_32(bench, entry):
     return after - before
 
 
-def hasattr_in(entry, name):
-    return "def %s(" % name in (ADAPTERS / ("with_%s.py" % entry.name)).read_text()
+def is_asynchronous(entry):
+    text = (ADAPTERS / ("with_%s.py" % entry.name)).read_text()
+    return "def _connect(" in text or "import with_client" in text
 
 
 def heap(bench):

@@ -18,8 +18,12 @@ class Socket:
 
     close = settimeout = setblocking = setsockopt = connect
 
-    def write(self, data, size=None):
-        data = bytes(data) if size is None or size < 0 else bytes(data)[:size]
+    def write(self, data, *span):
+        """span: how many bytes, or from where on and how many."""
+        if span:
+            begin = span[0] if len(span) == 2 else 0
+            data = data[begin : begin + span[-1]] if span[-1] >= 0 else data
+        data = bytes(data)
         self.sent += data
         while len(self.sent) > 1 and len(self.sent) >= 2 + self.sent[1]:  # no packet here has 128 bytes
             end = 2 + self.sent[1]
@@ -31,12 +35,14 @@ class Socket:
 
     def answer(self, first, body):
         if first == 0x10:
-            self.came += b"\x20\x02\0\0"
+            self.version = body[6]
+            self.came += b"\x20\x03\0\0\0" if self.version == 5 else b"\x20\x02\0\0"
         elif first & 0xF6 == 0x32:
             at = 2 + body[1]
             self.came += b"\x40\x02" + body[at : at + 2]
         elif first == 0x82:
-            self.came += b"\x90\x03" + body[:2] + body[-1:]
+            more = b"\0" if self.version == 5 else b""
+            self.came += bytes((0x90, 3 + len(more))) + body[:2] + more + body[-1:]
 
     def read(self, size):
         if not self.came:
