@@ -898,6 +898,17 @@ def test_a_message_may_be_sent_at_once_only_when_nothing_else_is_to_be_sent_and_
     assert (0x3A, sixth, b"0") in _sent(store)
 
 
+def test_what_is_published_while_the_connection_ends_goes_out_on_the_next_one_as_new():
+    _, store = _begin()
+    _publish(store, 1)
+    _sent(store)
+    store.ending()
+    assert not store.at_once(_publish(store, 1)[0])
+    store.disconnected()
+    store.connected(True, 7)
+    assert [packet[:2] for packet in _sent(store)] == [(0x3A, 1), (0x32, 2)]
+
+
 def test_nothing_is_sent_at_once_in_the_middle_of_a_message():
     _, store = _begin()
     _publish(store, 1, size=300)

@@ -873,6 +873,7 @@ class Client:
                 await asyncio.wait_for_ms(self._said.wait(), 2000)
         finally:
             self.connected = self._quick = False
+            store.ending()
             try:
                 await _end(tasks)
             finally:

@@ -622,6 +622,11 @@ class Store(Recall):
             if self.finished:
                 self.finished(packet_id, True)
 
+    def ending(self):
+        """The connection is about to end: what is published from here on is none that may have been sent on it."""
+        self.online = False
+        self._consider()
+
     def disconnected(self):
         """The connection is over: nothing half sent is continued, no answer is owed."""
         self.session.disconnected()
