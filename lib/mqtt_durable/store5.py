@@ -35,7 +35,6 @@ _SHORT = const(3)  # bytes of a topic name for which an alias would save nothing
 _UNKNOWN_ID = const(0x92)
 _TOO_LARGE = const(0x95)
 _QUOTA = const(0x97)
-_IDS = const(65023)  # as in session
 _NOTHING = {}
 
 
