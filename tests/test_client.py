@@ -573,8 +573,8 @@ class _Half:
         self.sock = stream.sock
         self.s = self
 
-    def write(self, data):
-        return self.stream.s.write(data[: len(data) // 2])
+    def write(self, data, off, n):
+        return self.stream.s.write(data, off, n // 2)
 
     def close(self):
         self.stream.s.close()

@@ -373,11 +373,12 @@ class Socket:
     def close(self):
         self._link.close()
 
-    def write(self, data):
+    def write(self, data, off=0, n=None):
         link = self._link
         broker = link.broker
         if link.closed:
             raise OSError(_ECONNRESET)
+        data = data[off:] if n is None else data[off : off + n]
         if broker.rng.below(4) == 0:
             n = broker.rng.below(len(data) + 1)
             if not n:

@@ -10,6 +10,7 @@ its own, unless the broker was quicker.
 import asyncio
 import errno
 import time
+from asyncio import Event
 from collections import deque
 from random import getrandbits
 
@@ -208,13 +209,13 @@ class Client:
         self._burst = 0
         self._stream = None
         self._run_task = None
-        self._down = asyncio.Event()  # the connection has failed
-        self._wake = asyncio.Event()  # the writer has something to do
-        self._sent = asyncio.Event()  # the writer has made room
-        self._progress = asyncio.Event()  # messages were acknowledged
-        self._arrived = asyncio.Event()  # for the dispatcher
-        self._accepted = asyncio.Event()  # by the dispatcher
-        self._said = asyncio.Event()  # DISCONNECT has gone out
+        self._down = Event()  # the connection has failed
+        self._wake = Event()  # the writer has something to do
+        self._sent = Event()  # the writer has made room
+        self._progress = Event()  # messages were acknowledged
+        self._arrived = Event()  # for the dispatcher
+        self._accepted = Event()  # by the dispatcher
+        self._said = Event()  # DISCONNECT has gone out
         self._leaving = False
         self._attempt = 0
         self._renewing = False  # the broker said that it has no session, and that is not recorded yet
@@ -224,7 +225,7 @@ class Client:
         self._put_at = None  # ticks_ms of the piece that the broker has not taken yet
         self._address = None  # the link's, when the connection began
         self._young = []  # (packet identifier, ticks_ms) of the messages in their grace, oldest first
-        self._aging = asyncio.Event()  # there are some
+        self._aging = Event()  # there are some
         self._outbox = []
         self._inbox = deque((), _INBOX)
         self._inbox_bytes = 0
@@ -367,7 +368,7 @@ class Client:
         OSError: the flash failed, and only .mark tells whether the message was stored before it did; the journal is
         mounted anew, with JournalUnavailable for messages until then.
         """
-        # No coroutine where nothing has to be waited for: it is the largest thing that a message takes from the heap.
+        # A small coroutine where nothing has to be waited for: publish() as one would take more heap than all else.
         try:
             if type(payload) is not bytes:
                 payload = as_bytes(payload)
@@ -386,14 +387,11 @@ class Client:
                 raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
             if self._burst >= _BURST:
                 return self._give_way(packet_id)
-            done = _Done()
-            if packet_id:
-                done._result = packet_id
         except JournalFull as e:
             return self._full(e)
         except Exception as e:
             return failed(e)
-        return done
+        return _given(packet_id)
 
     async def _full(self, error):
         await self._give_way(None)  # a program that tries again at once must not keep the broker from making room
@@ -467,13 +465,13 @@ class Client:
     def _write_now(self, n):
         """Write n bytes of the buffer while the writer has nothing to do; it sends what the socket does not take."""
         stream = self._stream
-        data = self._send[:n]
+        buf = self._send
         self._last_sent = time.ticks_ms()
         try:
-            taken = stream.s.write(data)
+            taken = stream.s.write(buf, 0, n)  # a slice would come from the heap
             if taken == n:
                 return
-            stream.out_buf = data[taken or 0 :]  # the buffer is the writer's now, which sends that first
+            stream.out_buf = buf[taken or 0 : n]  # the buffer is the writer's now, which sends that first
             self._wake.set()
         except Exception as e:  # without memory for the rest, too, half a packet has gone out
             self._failed(e)
@@ -1369,34 +1367,13 @@ class Client:
         self.log.add(ERROR, where, error, True)
 
 
-class _Done:
-    """A coroutine that has nothing to wait for.  Without __init__(), which would take longer than the rest."""
-
-    _result = None
-
-    def __iter__(self):
-        return self
-
-    __await__ = __iter__
-
-    def __next__(self):
-        raise StopIteration(self._result)
-
-    def send(self, _):
-        raise StopIteration(self._result)
-
-    def throw(self, error, *_):
-        raise error
-
-    def close(self):
-        pass
+async def _given(packet_id):
+    return packet_id
 
 
-def failed(error):
+async def failed(error):
     """Return a coroutine that raises error."""
-    done = _Failed()
-    done._result = error
-    return done
+    raise error
 
 
 def as_bytes(payload):
@@ -1410,16 +1387,6 @@ def as_bytes(payload):
     raise ValueError("payload: expected text or bytes")
 
 
-class _Failed(_Done):
-    """One that raises."""
-
-    def __next__(self):
-        raise self._result
-
-    def send(self, _):
-        raise self._result
-
-
 class _Messages:
     """client.messages: the messages that no handler takes, by `async for`.
 
@@ -1429,8 +1396,8 @@ class _Messages:
 
     def __init__(self, client):
         self._client = client
-        self._ready = asyncio.Event()
-        self._done = asyncio.Event()
+        self._ready = Event()
+        self._done = Event()
         self._message = None
         self._seen = False  # the program has it
         self.begun = False
@@ -1473,7 +1440,7 @@ class Waiter:
     """For who waits for one result.  .event is set when .result is there."""
 
     def __init__(self):
-        self.event = asyncio.Event()
+        self.event = Event()
         self.result = None
 
 
