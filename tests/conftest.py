@@ -15,6 +15,7 @@ import host  # noqa: E402
 host.install()
 
 import hypothesis  # noqa: E402
+import mqtt_durable.mount  # noqa: E402, F401
 import mqtt_durable.replay  # noqa: E402, F401 - thousands of mounts: what is loaded stays loaded, see once.py
 import pytest  # noqa: E402
 from skip import SkipTest  # noqa: E402

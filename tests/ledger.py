@@ -5,6 +5,7 @@ Entry k's content is made from k, so every payload can be checked when it is rea
 
 from struct import pack, unpack_from
 
+import mqtt_durable.mount  # noqa: F401 - thousands of mounts: what is loaded stays loaded, see once.py
 from mqtt_durable.journal import Journal
 
 _ADD = 0x10  # number u32, content

@@ -11,6 +11,7 @@ from raises import raises
 from skip import SkipTest
 
 CONFIG = "mqtt_durable.config"
+MOUNT = "mqtt_durable.mount"
 RAM = "mqtt_durable.flash.ram"
 
 
@@ -125,3 +126,27 @@ def test_a_store_does_not_keep_the_code_that_has_mounted_it():
         assert size > 2000 and held - alive() < size // 4
 
     without("mqtt_durable.replay", body)
+
+
+def test_a_journal_does_not_keep_the_code_that_has_mounted_it():
+    if sys.implementation.name != "micropython":
+        raise SkipTest("CPython does not tell")
+    from ledger import Ledger
+    from mqtt_durable.flash.ram import RamDevice
+
+    def alive():
+        gc.collect()
+        return gc.mem_alloc()
+
+    def body():
+        ledger = Ledger(RamDevice(16384))  # names stay
+        before = alive()
+        __import__(MOUNT)
+        size = alive() - before
+        away(MOUNT)
+        before = alive()
+        ledger.mount()
+        ledger.format()
+        assert size > 4000 and alive() - before < size // 8
+
+    without(MOUNT, body)

@@ -12,6 +12,7 @@ import sys
 import time
 
 from mqtt_durable.errors import JournalFull
+import mqtt_durable.mount  # noqa: F401
 import mqtt_durable.replay  # noqa: F401 - or mounting would be measured with the loading of its code
 from mqtt_durable.journal import Journal
 from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC

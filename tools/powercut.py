@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
     host.install()
 
+import mqtt_durable.mount  # noqa: F401
 import mqtt_durable.replay  # noqa: F401 - thousands of mounts: what is loaded stays loaded, see once.py
 from mqtt_durable import packet as packet3
 from mqtt_durable import packet5

@@ -1,8 +1,8 @@
 """A ring of checksummed records over a NOR block device; knows nothing of MQTT.  FORMAT.md has every byte.
 
 The meaning of a record, and whether it is still live, belong to the owner (the store).  append() returns when the
-record is programmed: from then on it survives power loss.  mount() settles for good what a power cut has left in doubt
-before it returns.  It reads the newest sector only: each begins with a snapshot of all that its owner must know.
+record is programmed: from then on it survives power loss.  Exactly one is programmed at a time, its CRC last, so a cut
+leaves at most one in doubt, and what is to become of that mount.py settles for good.
 
 The owner has:
     max_state           bytes of the largest snapshot that large records must leave room for
@@ -23,31 +23,34 @@ A position (pos) is sector << 12 | offset.
 
 from array import array
 from binascii import crc32
-from struct import pack, unpack_from
+from struct import pack, pack_into, unpack_from
 import os
 
 from micropython import const
 
-from .errors import JournalFull
-from .ring import Ring
+from .errors import JournalCorrupt, JournalFull, JournalUnavailable
+from .once import once
 
-_SECTOR = const(4096)
-_PAGE = const(256)
-_MAGIC = const(0x4A4D)
+_SECTOR = const(4096)  # erase size of every supported part
+_PAGE = const(256)  # one program call stays inside one page: a cut tears one page at most
+_MAGIC = const(0x4A4D)  # "MJ"
 _VERSION = const(3)
 _HEADER = const(16)
-_SEALED = const(48)
-_OVERHEAD = const(8)
+_SEALED = const(48)  # the header where erased flash does not read 0xFF: a 16-bit sum of each blank page follows
+_OVERHEAD = const(8)  # record header 4, CRC 4
+
+# Kinds below 0x80 have a body of arg bytes; the others have none and arg is a number of their own.
+_TAIL = const(0x60)  # ends a sector's copies: oldest seq u32, void seq u32, from there on u16, the owner's state
 _TAIL_HEAD = const(10)
-_TAIL = const(0x60)
 _SNAP = const(0x61)  # a snapshot like TAIL's, in front of a CLOSE
 _CLOSE = const(0xF0)  # orderly shutdown; arg: where the snapshot is in units of 4 bytes, | 0x8000: one erased ahead
-_OPEN = const(0xF1)
 _AHEAD = const(0x8000)
-_RESIDUE = const(0x2144DF1C)  # the CRC, from whatever seed, of bytes and the CRC of these that follows them
+_OPEN = const(0xF1)  # says nothing itself; behind a CLOSE: more was begun, behind a TAIL: the sector counts
+_LAPS = const(4)  # most sectors one append may use up: bounds the write amplification
+_HELP = const(48)  # body of the longest record that helps to get on in a full journal
 
 
-class Journal(Ring):
+class Journal:
     """device: a block device with 4096-byte erase blocks (readblocks, writeblocks with offset, ioctl 4-6).
 
     prog_size: 4, 16 or 256 bytes, the unit every record is padded to; not below what the device can program.
@@ -56,35 +59,88 @@ class Journal(Ring):
     Raises ValueError for a bad argument, JournalUnavailable if the device cannot serve.
 
     RAM: three 256-byte pages and 4 bytes a sector, while it mounts a sector more; it does not grow with what is stored.
-    After an OSError from the device the journal refuses to append until mount() has been called again.
+    .usable: False before mount() and after the device has failed: then nothing is appended until mount() is called
+    again.  .closed: nothing was appended since an orderly shutdown.  .fresh: mount() found no journal and made one.
+    .damaged: records that no longer pass their checksum.  .head: the newest sector.  .room: what records can take of
+    a sector, in bytes.
     """
 
     def __init__(self, device, prog_size=4, size=None, urandom=os.urandom):
-        super().__init__(device, prog_size, size)
+        if prog_size not in (4, 16, 256):
+            raise ValueError("prog_size: found %r, expected 4, 16 or 256" % (prog_size,))
+        if device.ioctl(5, 0) != _SECTOR:
+            raise JournalUnavailable("the journal needs erase blocks of 4096 bytes")
+        count = device.ioctl(4, 0)
+        if size is not None:
+            if size % _SECTOR or not 4 * _SECTOR <= size <= count * _SECTOR:
+                raise ValueError(
+                    "journal size: found %d, expected a multiple of 4096 within 16384-%d" % (size, count * _SECTOR)
+                )
+            count = size // _SECTOR
+        if count < 4:
+            raise JournalUnavailable("the journal needs at least 4 erase blocks, the device has %d" % count)
+        self._device = device
+        self._prog_size = prog_size
         self._urandom = urandom
-        self.fresh = False  # mount() found no journal and made one
-        self.damaged = 0  # records that no longer pass their checksum
-        self._cells = None  # while it mounts: the sector _seen
-        self._seen = -1
+        self.sectors = count
+        self._seqs = array("I", bytes(4 * count))  # 0: no header to be trusted
+        self.buf = memoryview(bytearray(_PAGE))  # what load() read
+        # What is being programmed, blank in between; two pages, for put().
+        self._page = memoryview(bytearray(b"\xff" * (2 * _PAGE)))
+        self._page1 = self._page[:_PAGE]
+        self._page2 = self._page[_PAGE:]
+        self._from = 0  # bytes _from.._to of the page wait to be programmed
+        self._to = 0
+        self.head = count - 1  # a new journal begins behind it
+        self._off = _SECTOR  # next free byte in it
+        self._id = 0
+        self._seed_crc = 0
+        self._ready = -1  # sector erased ahead, header programmed
+        self._oldest = 1  # lower seqs hold nothing live
+        self._tight = True  # nothing is known of the sectors that a record with reserve leaves to be given up
+        self._void = -1  # sector of the seq below that is still to be spoilt
+        self._void_seq = 0  # what the newest TAIL says: a sector of this seq holds nothing
+        self._void_from = 0  # from this offset on; 0: at all
+        self.usable = self.fresh = self.closed = False
+        self.damaged = 0
+        self._carrying = False  # the owner's carry() is under way: what it appends has room in the head
+        self._torn = False  # what copy() read does not pass its checksum
+        self._next_seq = 1
+        self._tail_at = -1  # the newest snapshot
+        self.max_body = 0  # bytes of the largest record body; known when mounted
+        self.erases = 0  # since the start of this program
+        self.seq = 0  # age of the newest sector: about the number of erases over the journal's life
+        self._owner = None
+        # For put(), which must be quick.
+        self._put_end = 0  # up to where it may program: nowhere unless usable, not closed, not carrying, not tight
+        self._head_crc = 0  # the seed of the newest sector
+        self._whole = getattr(device, "whole_pages", False)  # it programs nothing smaller
+        self._set_unit(prog_size, False)
+        self.put = self._make_put()
 
-    @property
-    def usable(self):
-        """False before mount() and after the device has failed."""
-        return self._usable
+    def mount(self, owner):
+        """Find the journal on the device, or make one, and hand its records to owner.
 
-    @property
-    def closed(self):
-        """Whether nothing was appended since an orderly shutdown."""
-        return self._closed
+        Nothing on the flash can make it fail; what cannot be read is counted in .damaged.  OSError only from the
+        device.
+        """
+        once("mount", "mount", self, owner)
+
+    def format(self, owner):
+        """Forget all records and begin a new journal, which mount() will never mix up with the old one.
+
+        Of a journal that is mounted a power cut leaves all or nothing.
+        """
+        once("mount", "format", self, owner)
 
     def idle(self):
         """Erase the next sector ahead of need, when the head is three quarters full.  May block for 45-400 ms."""
-        if self._usable and not self._closed and self._ready < 0 and self._off > _SECTOR * 3 // 4:
+        if self.usable and not self.closed and self._ready < 0 and self._off > _SECTOR * 3 // 4:
             self._erase(self._by_age()[0])
 
     def close(self):
         """Program a snapshot and the mark of an orderly shutdown: the next mount reads these and has no doubt."""
-        if not self._usable or self._closed:
+        if not self.usable or self.closed:
             return
         size = self._tail_room()
         end = size + 2 * self.room_for(0)  # CLOSE, and OPEN behind it
@@ -98,396 +154,481 @@ class Journal(Ring):
             except JournalFull:
                 return  # the next mount has to look for the end, nothing worse
         self._write(_CLOSE, (self._tail_at & 0xFFF) >> 2 | (_AHEAD if self._ready >= 0 else 0))
-        self._closed = True
+        self.closed = True
 
-    # -- mounting
+    # -- geometry
 
-    def mount(self, owner):
-        """Find the journal on the device, or make one, and hand its records to owner.
+    def _pad(self, n):
+        return (n + self._unit - 1) & -self._unit
 
-        Nothing on the flash can make it fail; what cannot be read is counted in .damaged.  OSError only from the
-        device.  Afterwards .fresh tells whether no journal was there.
-        """
-        self._cells = memoryview(bytearray(_SECTOR))
-        try:
-            while not self._mount(owner):
-                pass
-        finally:
-            self._cells = None
-        self.seq = self._seqs[self._head]
-        self._measure()
+    def room_for(self, n):
+        """Bytes that a record with a body of n bytes takes."""
+        return (n + _OVERHEAD + self._unit - 1) & -self._unit
 
-    def _mount(self, owner):
-        units, ids = self._read_headers(owner)
-        seqs = array("I", self._seqs)
-        order = [s for s in reversed(self._by_age()) if seqs[s]]
-        if self._find_close(units, ids, order):
-            self._usable = self._closed = True
-            return True
-        self._ready = -1
-        self.fresh = not self._find_head(units, ids, seqs, order)
-        if self.fresh:
-            owner.restore(b"")
-            self._make()
-            return True
-        # Half erased or half programmed, a header or a TAIL may be read differently the next time.  Another journal's
-        # sectors only when it is certain that this one counts.
-        ours = self._ours(units, ids)
-        self._disown_all([s for s in range(self.sectors) if ours[s] or not seqs[s]])
-        self._off = self._end
-        if not self._settle():
-            return False
-        self._disown_all([s for s in range(self.sectors) if seqs[s] and not ours[s]])
-        self._usable = True
-        return True
+    def fits(self, n):
+        """Whether a record with a body of n bytes goes into the newest sector as it is."""
+        if self.closed:
+            n += self.room_for(0)
+        return self._off + self.room_for(n) <= _SECTOR
 
-    def _disown_all(self, sectors):
-        for s in sectors:
-            if not self._seqs[s] and s != self._void and s != self._ready:
-                self._disown(s)
+    def seq_of(self, pos):
+        """Age of the sector that pos lies in, 0 if it holds nothing any more."""
+        return self._seqs[pos >> 12]
 
-    def format(self, owner):
-        """Forget all records and begin a new journal, which mount() will never mix up with the old one.
+    def _seed(self, sector):
+        """Records are checksummed with their sector's seq and journal id, so that a stale one never passes."""
+        seq = self._seqs[sector]
+        if seq != self._seed_seq:
+            head = bytearray(8)
+            pack_into("<II", head, 0, seq, self._id)
+            self._seed_crc = crc32(head) & 0x3FFFFFFF
+            self._seed_seq = seq
+        return self._seed_crc
 
-        Of a journal that is mounted a power cut leaves all or nothing.
-        """
-        dead = self._by_age()[0] if self._usable else -1
-        self._read_headers(owner)
-        self._make(dead)
-        self._measure()
+    def _set_unit(self, unit, sealed):
+        self._unit = unit
+        self._first = _SEALED if sealed else self._pad(_HEADER)  # where the records of a sector begin
+        self.room = _SECTOR - self._first
+        # Where erased flash does not read 0xFF: of the blank pages of the sector looked at.
+        self._sums = bytearray(32) if sealed else None
+        self._seed_seq = -1
 
-    def _make(self, victim=-1):
-        if victim < 0:
-            victim = self._by_age()[0]
-        self._device.ioctl(6, victim)
-        self.erases += 1
-        self._device.readblocks(victim, self.buf, 0)
-        self._set_unit(self._prog_size, self._prog_size == 16 and self.buf != b"\xff" * _PAGE)
-        self._id = unpack_from("<I", self._urandom(4))[0]
-        self._oldest = self._next_seq
-        self._void_seq = 0
-        for s in range(self.sectors):
-            self._seqs[s] = 0
-        self._put_header(victim)
-        self._switch(victim, -1)
-        self._write(_OPEN, 0)
-        self._usable = True
+    def _by_age(self):
+        """All sectors: the one erased ahead, those without a header in ring order behind the head, then by age."""
+        count = self.sectors
+        seqs = self._seqs
+        ages = []
+        for s in range(count):
+            age = seqs[s]
+            if s == self._ready:
+                age = -1 - count
+            elif not age:
+                age = (s - self.head - 1) % count - count
+            # Beside the newest, so that the numbers stay small; lists sort quicker without a key.
+            ages.append((age - self._next_seq) * count + s)
+        ages.sort()
+        return [age % count for age in ages]
 
-    def _measure(self):
-        self.max_body = self.room - self.room_for(_TAIL_HEAD + self._owner.max_state) - _OVERHEAD
+    # -- reading
 
-    def _is_ours(self, s, units, ids):
-        return ids[s] == self._id and units[s] & 0x1FF == self._unit
-
-    def _ours(self, units, ids):
-        """By sector: whether its header is of this journal."""
-        unique = self._id
-        unit = self._unit
-        return [ids[s] == unique and units[s] & 0x1FF == unit for s in range(self.sectors)]
-
-    def _read_headers(self, owner):
-        """Begin anew: fill _seqs; return the units and journal ids of all sectors, 0 without a valid header."""
-        self._owner = owner
-        self._ready = self._void = self._seen = -1
-        self._usable = self._carrying = self._closed = self.fresh = False
-        self._put_end = 0
-        self._tight = True
-        self._page[:] = b"\xff" * (2 * _PAGE)
-        self.damaged = 0
-        ids = array("I", bytes(4 * self.sectors))
-        units = array("H", bytes(2 * self.sectors))
-        top = 0
-        head = self.buf[:48]
-        for s in range(self.sectors):
-            self._seqs[s] = 0
-            self._device.readblocks(s, head, 0)
-            magic, version, flags, seq, unique, crc = unpack_from("<HBBIII", head)
-            if magic != _MAGIC or version not in (_VERSION << 4 | 2, _VERSION << 4 | 4, _VERSION << 4 | 8):
-                continue
-            sealed = flags == 0xFE
-            good = crc32(head[:_HEADER]) == _RESIDUE if not sealed else crc == crc32(head[_HEADER:], crc32(head[:12]))
-            if good and seq < 0x3FFFFFFF:
-                self._seqs[s] = seq
-                ids[s] = unique
-                units[s] = 1 << (version & 15) | (0x200 if sealed else 0)
-                top = max(top, seq)
-        self._next_seq = top + 1
-        return units, ids
-
-    def _enter(self, sector, units, ids):
-        """Read a sector as one of the journal that it belongs to."""
-        self._id = ids[sector]
-        self._set_unit(units[sector] & 0x1FF, units[sector] >> 9)
-        if self._seen != sector:
-            # All of it in one read: cells that power failed on read the same for everything that is decided here.
-            self._device.readblocks(sector, self._cells, 0)
-            self._seen = sector
-        if self._sums:
-            self._sums[:] = self._cells[_HEADER:_SEALED]
-
-    def _find_close(self, units, ids, order):
-        """After an orderly shutdown: take up its snapshot and return True."""
-        for s in order[:2]:
-            if units[s] & 0x1FF < self._prog_size:
-                return False
-            self._enter(s, units, ids)
-            pos = self._last_record(s)
-            if pos < 0:
-                if self._touched:
-                    return False
-                continue  # it may be one erased ahead
-            arg = self.buf[2] | self.buf[3] << 8
-            if (s == order[0]) == (arg >= _AHEAD):
-                return False
-            snap = s << 12 | (arg & 0x3FF) << 2
-            if not self.load(snap) or self.buf[0] | 1 != _SNAP:
-                return False
-            self._head = s
-            if arg >= _AHEAD:
-                if self._seqs[order[0]] != self._seqs[s] + 1 or not self._is_ours(order[0], units, ids):
-                    return False
-                self._ready = order[0]
-                self._next_seq = self._seqs[order[0]]
-                self._seqs[order[0]] = 0
-            for other in order:
-                if not self._is_ours(other, units, ids):
-                    self._seqs[other] = 0
-            if not self._restore(snap):
-                return False
-            end = (pos & 0xFFF) + self.room_for(0)
-            self._off = -(-end // _PAGE) * _PAGE if self._sums else end
-            return True
-        return False
-
-    def _last_record(self, sector):
-        """The position of the CLOSE that ends what is programmed in a sector, loaded; -1 if something else does."""
-        off = _SECTOR
-        cells = self._cells
-        self._touched = False
-        while off and not self._touched:
-            off -= _PAGE
-            if off and self._sums:
-                self.buf[:] = cells[off : off + _PAGE]
-                self._touched = self._gap(off)[1] != 0xFF
-            elif off:
-                self._touched = cells[off : off + _PAGE] != self._page1
-        if not off and self._first == _PAGE:
-            return -1
-        if self._sums:  # what is not blank in this page cannot be seen
-            tries = range(off + _PAGE - self.room_for(0), max(off, self._first) - 1, -self._unit)
-        else:
-            n = _PAGE  # a page that is not blank as a whole
-            step = _PAGE // 2
-            while step:
-                if cells[off + n - step : off + n] == self._page1[:step]:
-                    n -= step
-                step >>= 1
-            tries = (off + self._pad(n) - self.room_for(0),)
-        for at in tries:
-            if at >= self._first and self.load(sector << 12 | at):
-                return sector << 12 | at if self.buf[0] == _CLOSE else -1
-        return -1
-
-    def _restore(self, pos):
-        """The record just loaded is a snapshot: take it up, unless it reads differently now."""
-        state = self.body(pos)
-        if state is None or len(state) < _TAIL_HEAD:
-            return False
-        self._oldest, self._void_seq, self._void_from = unpack_from("<IIH", state)
-        self._tail_at = pos
-        for s in range(self.sectors):
-            if self._void_seq and self._seqs[s] == self._void_seq:
-                self._void = s
-                if not self._void_from:  # packed anew: it holds nothing, though its header is whole
-                    self._seqs[s] = 0
-        self._owner.restore(state[_TAIL_HEAD:])
-        return True
-
-    def _scan(self, sector):
-        """Replay the sector entered last, from its first snapshot on; in front of it stand copies.  Afterwards:
-
-        _end: offset behind the last valid record.  _junk: offset behind the last byte that may have been programmed
-        after it, or _end.  Return the number of runs of bytes before _end that should have been records.
-        _last, _last_kind, _last_arg, _last_crc: position of the last record, and what tells it from others.
-        _begin: offset behind the last record but one, copies of the last not counted.  _flawed: damaged between them.
-        _tail_at: the last snapshot, or -1.  _tail_end: offset behind TAIL.
-        """
-        off = end = junk = begin = tail_end = self._first
-        damaged = doubt = flawed = 0
-        last = last_kind = last_arg = last_stop = 0
-        begins = True  # whether a record may begin at off
-        tail_at = self._tail_at = -1
-        replay = self._owner.replay
+    def load(self, pos):
+        """Read and check the record at pos; its first bytes are then in self.buf.  Return its size, 0 if invalid."""
+        sector = pos >> 12
+        off = pos & 0xFFF
         buf = self.buf
-        unit = self._unit
-        sums = self._sums
-        seed = self._seed(sector)
-        cells = self._cells
-        base = sector << 12
-        while off < _SECTOR:
-            kind = cells[off]
-            arg = cells[off + 2]
-            high = cells[off + 3]
-            if cells[off + 1] == kind ^ arg ^ high ^ 0xA5:
-                arg |= high << 8
-                stop = off + 8 if kind >= 0x80 else off + 8 + arg
-                if stop <= _SECTOR and crc32(cells[off:stop], seed) == _RESIDUE:
-                    if (
-                        cells[stop - 1] != cells[last_stop - 1]
-                        or kind != last_kind
-                        or arg != last_arg
-                        or cells[stop - 4 : stop] != cells[last_stop - 4 : last_stop]
-                    ):  # not the same once more
-                        last_kind = kind
-                        last_arg = arg
-                        last_stop = stop
-                        begin = end
-                        flawed = 0
-                    if doubt:
-                        flawed += 1
-                        damaged += 1
-                        doubt = 0
-                    last = base | off
-                    begins = True
-                    end = junk = stop + unit - 1 & -unit
-                    if kind < _TAIL and tail_at >= 0 or kind == _TAIL or kind == _SNAP:
-                        # As load() does.
-                        n = stop - off
-                        if n > _PAGE:
-                            n = _PAGE
-                            self._crc = unpack_from("<I", cells, stop - 4)[0]
-                        buf[:n] = cells[off : off + n]
-                        if kind < _TAIL:
-                            replay(kind, last)
-                        else:
-                            if kind == _TAIL:
-                                tail_end = end
-                            self._restore(last)
-                            tail_at = self._tail_at
-                    off = end
-                    continue
-            n = unit
-            filler = -1
-            run = sums or (not kind or kind == 0xFF) and cells[off + 1] == kind
-            if run or begins:
-                n = min(_PAGE, _SECTOR - off)
-                buf[:n] = cells[off : off + n]
-                n, filler = self._gap(off) if run else (unit, -1)
-            if filler >= 0:  # zeros are what an earlier mount made of a torn record
-                begins = True
-            else:
-                doubt = 0 if sums else 1
-                if begins:
-                    # The page behind may have been the one that was torn, visibly or not.
-                    stop = off + self._length(base | off)
-                    if sums:  # where it shows, all of its page does: every mount must come to the same
-                        stop = -(-stop // _PAGE) * _PAGE
-                    junk = max(junk, min(stop, _SECTOR))
-                begins = False
-            off += n
-            if filler != 0xFF:
-                junk = max(junk, off)
-        self._begin = begin
-        self._end = end
-        self._junk = junk
-        self._last = last
-        self._last_kind = last_kind
-        self._last_arg = last_arg
-        self._last_crc = unpack_from("<I", cells, last_stop - 4)[0] if last_stop else -1
-        self._flawed = flawed
-        self._tail_end = tail_end
-        return damaged
-
-    def _length(self, pos):
-        """Bytes that the torn record at pos, just loaded, was to take, 0 if its header does not tell.
-
-        Once the first page was whole the header reads the same however often; otherwise that page alone is torn.
-        """
-        buf = self.buf
-        head = bytes(buf[:4])
-        if head[1] != head[0] ^ head[2] ^ head[3] ^ 0xA5:
+        n = _SECTOR - off
+        if n > _PAGE:
+            n = _PAGE
+        self._device.readblocks(sector, buf if n == _PAGE else buf[:n], off)
+        kind = buf[0]
+        if buf[1] != kind ^ buf[2] ^ buf[3] ^ 0xA5:
             return 0
-        for _ in range(8):
-            self.read(pos, 0, buf[:4])
-            if buf[:4] != head:
+        stop = 4 + (buf[2] | buf[3] << 8 if kind < 0x80 else 0)
+        if off + stop + 4 > _SECTOR:
+            return 0
+        crc = self._seed_crc if self._seqs[sector] == self._seed_seq else self._seed(sector)
+        if stop + 4 <= n:
+            crc = crc32(buf[:stop], crc)
+            if crc != unpack_from("<I", buf, stop)[0]:
                 return 0
-        return self.room_for(head[2] | head[3] << 8 if head[0] < 0x80 else 0)
-
-    def _find_head(self, units, ids, seqs, order):
-        """Find the newest sector that counts and replay it, see _scan(); return whether there is one.
-
-        seqs: of all sectors; order: those with one, the newest first.  In _seqs only those remain that hold something.
-        """
-        unfinished = []
-        found = None
-        for s in order:
-            if units[s] & 0x1FF < self._prog_size or found and not self._is_ours(s, units, ids):
-                continue
-            self._enter(s, units, ids)
-            self._void = -1
-            ours = self._ours(units, ids)
-            for other in range(self.sectors):
-                self._seqs[other] = seqs[other] if ours[other] and other not in unfinished else 0
-            if not found:
-                self._head = s
-                self._off = _SECTOR
-            damaged = self._scan(s)
-            if not found:
-                if not damaged and (
-                    self._tail_at < 0
-                    or self._last_kind == _TAIL and (self._junk == self._end or self._sums)
-                    or self._begin <= self._tail_end and not self._is_firm(s)
-                ):
-                    # Nothing behind its TAIL: it holds only copies, and all that they were made from is still there.
-                    # The TAIL may be one that is read differently the next time.  (Nor is it damaged: records follow.)
-                    unfinished.append(s)
-                    continue
-                found = self._begin, self._end, self._junk, self._last, self._last_kind
-                found += self._last_arg, self._last_crc, self._flawed
-            self.damaged += damaged
-            if self._tail_at >= 0:
-                break
         else:
-            if not found:
-                return False
-            self._owner.restore(b"")  # every TAIL is damaged: read all there is
-            self._oldest = 1
-            self._void_seq = 0
-            s = -1
-        if s != self._head:
-            self._catch_up(self.start_of(s) if s >= 0 else self.first())
-        self._begin, self._end, self._junk, self._last, self._last_kind = found[:5]
-        self._last_arg, self._last_crc, self._flawed = found[5:]
-        return True
+            crc = crc32(buf[: min(n, stop)], crc)
+            more = memoryview(bytearray(_PAGE))
+            while n < stop:
+                k = min(_PAGE, stop - n)
+                self._device.readblocks(sector, more[:k], off + n)
+                crc = crc32(more[:k], crc)
+                n += k
+            self._device.readblocks(sector, more[:4], off + stop)
+            if crc != unpack_from("<I", more)[0]:
+                return 0
+        self._crc = crc
+        return stop + 4
 
-    def _is_firm(self, sector):
-        """Whether a header always reads the same.
+    def read(self, pos, skip, buf):
+        """Fill buf from the record at pos, from byte skip of the record on.  Not checked again: load() did that."""
+        self._device.readblocks(pos >> 12, buf, (pos & 0xFFF) + skip)
 
-        An earlier mount may have found nothing behind the TAIL, where now there is something, and have lost its power
-        while it did away with the header: then the sector must not begin to count.
+    def body(self, pos):
+        """The body of the record just loaded from pos, None if it no longer passes its checksum."""
+        n = 4 + (self.buf[2] | self.buf[3] << 8)
+        if n <= min(_PAGE, _SECTOR - (pos & 0xFFF)):
+            return bytes(self.buf[4:n])
+        record = bytearray(n)
+        self.read(pos, 0, record)
+        if crc32(record, self._seed(pos >> 12)) != self._crc:
+            return None
+        return memoryview(record)[4:]
+
+    def start_of(self, sector):
+        """The position of the first record of a sector."""
+        return sector << 12 | self._first
+
+    def first(self):
+        """The position where the oldest record can be."""
+        return self.start_of(self._after(0))
+
+    def _after(self, seq):
+        """The sector with the lowest seq above seq, or -1."""
+        best = -1
+        for s in range(self.sectors):
+            if self._seqs[s] > seq and (best < 0 or self._seqs[s] < self._seqs[best]):
+                best = s
+        return best
+
+    def next(self, pos):
+        """Return the position of the first valid record at pos or behind it, loaded into self.buf; -1 at the end."""
+        while True:
+            sector = pos >> 12
+            stop = _SECTOR
+            if sector == self.head:
+                stop = self._off
+            elif self._seqs[sector] == self._void_seq:
+                stop = self._void_from
+            off = pos & 0xFFF
+            while off < stop:
+                size = self.load(sector << 12 | off)
+                if size:
+                    return sector << 12 | off
+                off += self._unit if self._sums else self._gap(off)[0]
+            if sector == self.head:
+                return -1
+            sector = self._after(self._seqs[sector])
+            pos = self.start_of(sector)
+
+    def behind(self, pos):
+        """The position behind the record at pos, which is the one loaded last; -1 at the end of the newest sector."""
+        size = self.room_for(self.buf[2] | self.buf[3] << 8 if self.buf[0] < 0x80 else 0)
+        end = (pos & 0xFFF) + size
+        if end < (self._off if pos >> 12 == self.head else _SECTOR):
+            return pos & ~0xFFF | end
+        if pos >> 12 == self.head:
+            return -1
+        return self.start_of(self._after(self._seqs[pos >> 12]))
+
+    def _gap(self, off):
+        """How far the bytes loaded from off on, which are no record, can be passed over at once; 0xFF if they are as
+        erased, 0 if they are zeros, else -1."""
+        n = min(_PAGE, _SECTOR - off)
+        if self._sums:  # zeros read as anything, too
+            i = off >> 7
+            if off & 0xFF == 0 and self._sums[i] | self._sums[i + 1] << 8 == crc32(self.buf) & 0xFFFF:
+                return n, 0xFF
+            return self._unit, -1
+        buf = self.buf
+        filler = buf[0]
+        if filler == 0xFF and n == _PAGE and buf == self._page1:
+            return n, filler
+        if filler == 0 or filler == 0xFF:
+            same = self._page1 if filler else bytes(128)
+            run = 0
+            step = 128 if n > 16 and buf[16] == filler else 16
+            while step >= self._unit:
+                if run + step <= n and buf[run : run + step] == same[:step]:
+                    run += step
+                else:
+                    step >>= 1
+            if run >= self._unit:
+                return run & -self._unit, filler
+        return self._unit, -1
+
+    # -- programming
+
+    def _put(self, data):
+        """Append data to the page buffer, programming each page as it fills."""
+        n = len(data)
+        to = self._to
+        if to + n < _PAGE:
+            self._page[to : to + n] = data
+            self._to = to + n
+            return
+        data = memoryview(data)
+        done = 0
+        while done < n:
+            k = min(n - done, _PAGE - self._to)
+            self._page[self._to : self._to + k] = data[done : done + k]
+            self._to += k
+            done += k
+            if self._to == _PAGE:
+                self._program()
+
+    def _program(self):
+        """Program what waits in the page buffer, padded to the unit with 0xFF: no more than goes on two pages."""
+        a = self._from
+        b = self._pad(self._to)
+        while a < b:
+            off = self._off & ~(_PAGE - 1)
+            end = min(b, _PAGE)
+            if self._whole:
+                self._device.writeblocks(self.head, self._page1, off)
+            else:
+                self._device.writeblocks(self.head, self._page[a:end], off + a)
+            self._page[a:end] = b"\xff" * (end - a)
+            self._off = off + end
+            a = 0
+            b -= end
+            if b:
+                self._page1[:b] = self._page2[:b]
+                self._page2[:b] = b"\xff" * b
+        self._from = self._to = self._off & (_PAGE - 1)
+
+    def _write(self, kind, arg, parts=()):
+        """Program one record at the head, which has room; return its position."""
+        off = self._off
+        n = arg if kind < 0x80 else 0
+        if off + self.room_for(n) > _SECTOR:
+            raise JournalUnavailable("carry() has more than live() said")
+        usable = self.usable
+        self.usable = False  # until it is whole: after any exception the head ends in half a record
+        self._put_end = 0
+        page = self._page
+        a = i = off & (_PAGE - 1)
+        self._from = self._to = a
+        check = kind ^ arg & 255 ^ arg >> 8 ^ 0xA5
+        crc = self._seed(self.head)
+        # The CRC comes last: until it is programmed the record does not exist.
+        if a + n + _OVERHEAD <= 2 * _PAGE:
+            pack_into("<BBH", page, i, kind, check, arg)
+            i += 4
+            for part in parts:
+                n = len(part)
+                page[i : i + n] = part
+                i += n
+            crc = crc32(page[a:i], crc)
+            if self._torn:
+                crc ^= 0xFFFFFFFF
+            pack_into("<I", page, i, crc)
+            self._to = i + 4
+        else:
+            part = bytes((kind, check, arg & 255, arg >> 8))
+            crc = crc32(part, crc)
+            self._put(part)
+            for part in parts:
+                crc = crc32(part, crc)
+                self._put(part)
+            if self._torn:
+                crc ^= 0xFFFFFFFF
+            self._put(pack("<I", crc))
+        self._program()
+        self.usable = usable
+        return self.head << 12 | off
+
+    def _make_put(self):
+        """Return put(kind, a, b, rest): append() of a record with the body u16 a, u16 b, rest, if it fits on two pages
+        of the newest sector and nothing has to be made sure of first, which is the rule; else it returns 0.
+
+        All in one piece, and what never changes is at hand as defaults: this is what a message costs.
         """
-        head = self.buf[:_HEADER]
-        self._device.readblocks(sector, head, 0)
-        first = bytes(head)
-        for _ in range(32):
-            self._device.readblocks(sector, head, 0)
-            if head != first:
-                return False
-        return True
 
-    def _catch_up(self, pos):
-        """The newest sector's TAIL is damaged: replay all from pos on, where there is one, or the oldest record."""
-        while pos >= 0:
-            pos = self.next(pos)
-            if pos < 0:
-                return
-            kind = self.buf[0]
-            behind = self.behind(pos)
-            if kind | 1 == _SNAP:
-                self._restore(pos)
-            elif kind < _TAIL:
-                self._owner.replay(kind, pos)
-            pos = behind
+        def put(
+            kind,
+            a,
+            b,
+            rest,
+            ring=self,
+            write=self._device.writeblocks,
+            whole=self._whole,
+            page=self._page,
+            page1=self._page1,
+            page2=self._page2,
+            fill=pack_into,
+            crc=crc32,
+        ):
+            n = len(rest) + 4
+            off = ring._off
+            unit = ring._unit
+            size = (n + 7 + unit) & -unit
+            if n > 248 or off + size > ring._put_end:
+                return 0
+            sector = ring.head
+            begin = off & (_PAGE - 1)
+            end = begin + size
+            i = begin + 8
+            stop = begin + n + 4
+            try:
+                fill("<BBHHH", page, begin, kind, kind ^ n ^ 0xA5, n, a, b)
+                page[i:stop] = rest
+                fill("<I", page, stop, crc(page[begin:stop], ring._head_crc))
+                if end <= _PAGE:
+                    if whole:
+                        write(sector, page1, off - begin)
+                    else:
+                        write(sector, page[begin:end], off)
+                    page[begin:end] = page2[begin:end]
+                else:
+                    write(sector, page1 if whole else page[begin:_PAGE], off - begin if whole else off)
+                    end -= _PAGE
+                    write(sector, page2 if whole else page2[:end], off - begin + _PAGE)
+                    # Each page is blank where the other is not.
+                    page2[:end] = page[:end]
+                    page[begin:_PAGE] = page2[begin:]
+                ring._off = off + size
+            except:  # noqa: E722  the newest sector ends in half a record
+                ring.usable = False
+                ring._put_end = 0
+                raise
+            return sector << 12 | off
+
+        return put
+
+    def reopen(self):
+        """Have the next mount find no orderly shutdown any more.  OSError from the device."""
+        if self.closed:
+            self.closed = False
+            self._write(_OPEN, 0)  # close() left the room
+
+    def append(self, kind, parts, reserve=0):
+        """Program one record and return its position.  kind: 0x10-0x5F.  parts: a sequence of bytes-like objects.
+
+        reserve: sectors that must be left to be given up beside those this record needs.
+        Raises ValueError if the body exceeds max_body; JournalFull, and nothing was programmed (but the OPEN behind a
+        CLOSE); JournalUnavailable if it is not mounted; OSError from the device.  After that one, or any exception
+        that comes in the middle of it, nothing can be appended until it is mounted again.
+        """
+        n = 0
+        for part in parts:
+            n += len(part)
+        if not self._carrying:
+            if n > self.max_body:
+                raise ValueError("%d bytes are too many for the journal, at most %d" % (n, self.max_body))
+            if not self.usable:
+                raise JournalUnavailable("the journal is not mounted, or its device failed: mount it again")
+            self.reopen()
+            size = self.room_for(n)
+            if reserve and self._tight or self._off + size > _SECTOR:
+                self._make_room(size, reserve)
+        pos = self._write(kind, n, parts)
+        if self.usable and not (self._carrying or self._tight):
+            self._put_end = _SECTOR
+            self._head_crc = self._seed(self.head)
+        return pos
+
+    def copy(self, pos, parts=(), skip=0):
+        """For the owner's carry(): append the record at pos once more, with parts in place of the first skip bytes of
+        its body, and return its new position.
+
+        Raises JournalCorrupt if the bytes copied do not pass their checksum.
+        """
+        size = self.load(pos)
+        if not size:
+            raise JournalCorrupt(pos)
+        kind = self.buf[0]
+        n = size - _OVERHEAD
+        arg = n - skip
+        for part in parts:
+            arg += len(part)
+        if n + 4 <= _PAGE:
+            return self._write(kind, arg, tuple(parts) + (self.buf[4 + skip : 4 + n],))
+        try:
+            new = self._write(kind, arg, self._pieces(pos, n, parts, skip))
+            if self._torn:
+                raise JournalCorrupt(pos)
+        finally:
+            self._torn = False
+        return new
+
+    def _pieces(self, pos, n, parts, skip):
+        """parts, then the body of the record just loaded from byte skip on, in pieces.
+
+        They are read a second time, and cells that power failed on may read differently.  ._torn then tells that they
+        do not pass the record's checksum, and _write() programs one that nothing passes.
+        """
+        crc = crc32(self.buf[:4], self._seed(pos >> 12))
+        for part in parts:
+            yield part
+        done = 0
+        while done < n:
+            piece = self.buf[: min(n - done, _PAGE)]
+            self.read(pos, 4 + done, piece)
+            crc = crc32(piece, crc)
+            done += len(piece)
+            if done > skip:
+                yield piece[max(0, skip - done + len(piece)) :]
+        self.read(pos, 4 + n, self.buf[:4])
+        self._torn = crc != unpack_from("<I", self.buf)[0]
+
+    # -- sectors
+
+    def _erase(self, sector):
+        """Erase a dead sector and program its header: only then is it trusted, an erase cut short can read blank."""
+        usable = self.usable
+        self.usable = False
+        self._put_end = 0
+        if self._void >= 0 and self._void != sector:
+            # The head's TAIL, which says that it does not count, will not last.
+            if self._void_from:
+                self._zero(self._void, self._void_from, _SECTOR)
+            else:
+                self._disown(self._void)
+        self._void = -1
+        self._seqs[sector] = 0
+        self._device.ioctl(6, sector)
+        self.erases += 1
+        self._put_header(sector)
+        self.usable = usable
+
+    def _put_header(self, sector):
+        device = self._device
+        head = bytearray(b"\xff" * self._first)
+        log2 = 2 if self._unit == 4 else 4 if self._unit == 16 else 8
+        flags = 0xFE if self._sums else 0xFF
+        pack_into("<HBBII", head, 0, _MAGIC, _VERSION << 4 | log2, flags, self._next_seq, self._id)
+        if self._sums:
+            for page in range(16):
+                device.readblocks(sector, self.buf, page * _PAGE)
+                pack_into("<H", head, _HEADER + 2 * page, crc32(self.buf) & 0xFFFF)
+        pack_into("<I", head, 12, crc32(self._sums and head[_HEADER:] or b"", crc32(head[:12])))
+        device.writeblocks(sector, head, 0)
+        self._ready = sector
+
+    def _switch(self, victim, leaving, doubt=()):
+        """Make the dead sector victim the head, carrying there what is live in the sector leaving, and the record
+        doubt (kind, body, offset from which on the head so far holds nothing else).  leaving may be the newest sector:
+        it is then replaced as a whole.
+
+        Until something follows the TAIL the new sector does not count, and nothing else is erased: a cut goes back.
+        """
+        usable = self.usable
+        self.usable = False
+        self._put_end = 0
+        old = self.head
+        whole = leaving == old
+        if self._ready != victim:
+            self._erase(victim)
+        self._ready = -1
+        self._seqs[victim] = self._next_seq
+        self._next_seq += 1
+        self.head = victim
+        self.seq = self._seqs[victim]
+        self._off = self._first
+        if leaving >= 0 and self._seqs[leaving] >= self._oldest:
+            self._carrying = True
+            try:
+                self._owner.carry(leaving, whole)
+            finally:
+                self._carrying = False
+        self._void = -1
+        self._void_seq = self._void_from = 0
+        if whole or doubt:  # all of it that is live was carried; or the one record that was in doubt there
+            self._void = old
+            self._void_seq = self._seqs[old]
+        if whole:
+            self._seqs[old] = 0
+        if doubt:
+            kind, body, self._void_from = doubt
+            if whole:
+                self._void_from = 0
+            self._rewrite(kind, body)
+        oldest = self._owner.oldest()
+        self._oldest = self.seq if oldest is None else oldest
+        self._snapshot(_TAIL)
+        self.usable = usable
+
+    def _snapshot(self, kind):
+        """Program a record that says all that the owner has to know."""
+        head = pack("<IIH", self._oldest, self._void_seq, self._void_from)
+        state = self._owner.state()
+        self._tail_at = self._write(kind, _TAIL_HEAD + len(state), (head, state))
 
     def _rewrite(self, kind, body):
         """Program a record that was in doubt once more, and let the owner have it."""
@@ -495,99 +636,78 @@ class Journal(Ring):
         if self.load(pos):
             self._owner.replay(kind, pos)
 
-    def _settle(self):
-        """After a cut: whatever the last program left half done reads the same from now on.
+    def _disown(self, sector):
+        """Spoil the header of a sector that does not count, so that no later mount can come to trust it.
 
-        The last valid record may lie in several places between _begin and _end.
-        Order: first nothing torn can come back to life, then the last record is programmed once more, on a page that
-        nothing was torn in.  This may be cut, and begin again, any number of times.
-        Return False if the last record no longer reads back: it is gone now, all has to be read again without it.
+        Magic number and journal id stay: a device that shares its flash with a file system knows its sectors by them.
         """
-        begin = self._begin
-        end = self._end
-        junk = self._junk
-        kind = self._last_kind
-        last = self._last
-        # What was torn begins at end, or at the page behind the zeros of a mount that was cut itself.  It need not
-        # show.  But for what shows it lies in one page; behind that the cells are good.
-        if kind == _CLOSE:
-            junk = max(junk, end + self.room_for(0))  # an OPEN has to go there
-        free = min((junk // _PAGE + 1) * _PAGE, _SECTOR)
-        if end < free:
-            # Behind a CLOSE blank flash is believed, and zeros cut short may look blank: so none before it is certain
-            # that the next mount sees no CLOSE with nothing behind it.
-            mark = min(end + self.room_for(0), free)
-            self.load(self._head << 12 | end)
-            if kind != _CLOSE and self._length(self._head << 12 | end) > self.room_for(0):
-                # A long record: its header goes last, for it tells the next mount how far all this went.
-                mark = end | _PAGE - 1
-                for page in range(free - _PAGE, mark, -_PAGE):
-                    self._zero(self._head, page, page + _PAGE)
-                self._zero(self._head, end, mark + 1)
-            else:
-                if kind == _CLOSE:
-                    self._off = end
-                    self._write(_OPEN, 0)  # which may be half there already
-                else:
-                    self._zero(self._head, end, mark)
-                self._zero(self._head, mark, free)  # rising: each page tells the next mount to go on to the one behind
-        self._off = free
-        if kind >= _TAIL:
-            if self._sums and (free < _SECTOR or kind == _OPEN):
-                # That one stands there must not depend on one that is in doubt.  Without room: the same once more.
-                if free == _SECTOR:
-                    self._off = last & 0xFFF
-                self._write(_OPEN, 0)
-                self._off = max(free, self._off)
-            return True
-        body = self._find(self._head << 12, begin, end)
-        if body is None:
-            self._zero(self._head, begin, end)
-            return False
-        if self._flawed and self._is_spoilt(begin, body):
-            self.damaged -= self._flawed
-        if free + self.room_for(len(body)) <= _SECTOR:
-            self._rewrite(kind, body)
-            self._zero(self._head, begin, end)  # or it would be read there, one time and not the other
-            return True
-        moved = self._owner.moved(kind, body)
-        if moved is None:
-            return True
-        try:
-            self._make_room(self.room_for(len(moved)), 0, (kind, moved, begin))
-            self._write(_OPEN, 0)
-        except JournalFull:
-            # In place; encrypted, it is the same bits again.  With a 256-byte unit this is the one time that a page
-            # with a record in it is at stake.
-            self._off = last & 0xFFF
-            self._rewrite(kind, body)
-            self._off = free
-            for _ in range(32):
-                if not self.load(last):
-                    # An earlier mount has found it torn, and been cut while it did away with it.
-                    self._zero(self._head, begin, end)
-                    return False
-        return True
+        self._seqs[sector] = 0
+        head = bytearray(self._first)
+        pack_into("<H6xI", head, 0, _MAGIC, self._id)
+        self._device.writeblocks(sector, head, 0)
 
-    def _is_spoilt(self, off, body):
-        """Whether what stands at off is left of the last record, programmed to zeros by a mount that was cut."""
-        kind = self._last_kind
-        arg = self._last_arg
-        whole = pack("<BBH", kind, kind ^ arg & 255 ^ arg >> 8 ^ 0xA5, arg) + body + pack("<I", self._last_crc)
-        found = bytearray(min(len(whole), _SECTOR - off))
-        self._device.readblocks(self._head, found, off)
-        for i in range(len(found)):
-            if found[i] & ~whole[i]:
+    def _zero(self, sector, a, b):
+        """Program zeros over bytes a..b of a sector."""
+        while a < b:
+            n = min(b, (a | _PAGE - 1) + 1) - a
+            self._device.writeblocks(sector, bytes(n), a)
+            a += n
+
+    def _make_room(self, size, reserve, doubt=()):
+        """Make the head have room for size more bytes, or raise JournalFull before anything is erased.
+
+        The oldest sector is dead, always: it becomes the head.  Then the next oldest must become dead.  If that
+        cannot be, because records wait there whose order must not change, and the record to come is one that helps
+        to get on (reserve 0), the head itself is packed anew.
+        """
+        fits = self._off + size <= _SECTOR
+        if fits and not (reserve and self._tight):
+            return
+        order = self._by_age()
+        if fits:
+            if not self._ways_out(order[1 : 1 + reserve], 0):
+                raise JournalFull("the journal is full")
+            self._tight = False
+            return
+        most = self.room - self._tail_room() - self.room_for(0)
+        limit = most + self.room_for(0) - size
+        laps = _LAPS
+        if doubt:
+            limit = most - size - self.room_for(_HELP)
+            laps = 2 if self._ways_out(order[1:2], size) else 1
+        for k in range(1, min(laps, self.sectors - reserve)):
+            live = self._live(order[k], False)
+            if not 0 <= live <= most:
+                break
+            if live <= limit:
+                if not self._ways_out(order[k + 1 : k + 1 + reserve], 0):
+                    break
+                for i in range(k - 1):
+                    self._switch(order[i], order[i + 1])
+                    self._write(_OPEN, 0)
+                self._switch(order[k - 1], order[k], doubt)
+                self._tight = not reserve
+                return
+        if reserve or self._owner.live(self.head, True) > limit:
+            raise JournalFull("the journal is full")
+        self._switch(order[0], self.head, doubt)
+
+    def _tail_room(self):
+        return self.room_for(_TAIL_HEAD + self._owner.state_size())
+
+    def _ways_out(self, sectors, size):
+        """Whether each of these can be given up, and what is carried then could be packed anew with size more bytes
+        and one of the records that help to get on: no way into a full journal that does not lead out again."""
+        most = -1
+        for s in sectors:
+            if self._seqs[s] < self._oldest:
+                continue
+            if most < 0:
+                tail = max(self._tail_room(), self.room_for(_TAIL_HEAD + self._owner.max_state))
+                most = self.room - tail - self.room_for(0) - self.room_for(_HELP) - size
+            if self._owner.live(s, False) < 0 or self._owner.live(s, True) > most:
                 return False
         return True
 
-    def _find(self, base, off, end):
-        """The body of the last record, as one read of it found it whole; None if none is left in off..end."""
-        while off < end:
-            size = self.load(base | off)
-            if size and self._crc == self._last_crc and self.buf[0] == self._last_kind:
-                body = self.body(base | off)
-                if body is not None:
-                    return body
-            off += self._gap(off)[0]
-        return None
+    def _live(self, sector, whole):
+        return 0 if self._seqs[sector] < self._oldest else self._owner.live(sector, whole)

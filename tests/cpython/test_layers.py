@@ -4,7 +4,7 @@
     flash/*            <- journal <- store        errors: imported by all, imports nothing
                               log <- client       imports nothing either
 
-ring is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.  For MQTT 5
+mount is a part of journal, recall and replay of store; once, which loads and forgets, imports nothing.  For MQTT 5
 packet5 is packet and properties together, store5 a store, client5 a client.
 What a module may import is read off the directory as it is: a new module needs no entry here unless it is one of the
 picture's own.
@@ -26,8 +26,8 @@ PICTURE = {
     "packet5": {"errors", "packet", "properties"},
     "reasons": {"errors"},
     "session": {"errors", "packet", "properties"},
-    "ring": {"errors"},
-    "journal": {"errors", "ring"},
+    "mount": {"errors"},
+    "journal": {"errors", "mount", "once"},
     "recall": {"errors", "packet", "properties", "session"},
     "replay": {"errors", "session", "recall"},
     "store": {"errors", "packet", "properties", "session", "recall", "replay", "journal", "once"},
