@@ -2001,7 +2001,7 @@ def test_every_failure_is_followed_by_a_pause_and_attempts_in_an_hour_are_few():
                 limit_ms = 60000 if longest else min(1000 << n, 60000)
                 assert limit_ms // 2 <= ms <= limit_ms, (name, pauses)
             assert rig.broker.connections <= len(pauses)
-            assert client.store.waiting == 1, name
+            assert client.store.waiting() == 1, name
 
         rig_ = None
         play(scenario, script or (), start=False, backoff_ms=(1000, 60000), answer_ms=20)
@@ -2826,7 +2826,7 @@ def _on_flash(rig):
 
 
 def _waiting_on_flash(rig):
-    return _on_flash(rig).waiting
+    return _on_flash(rig).waiting()
 
 
 def _texts(broker):
@@ -2964,7 +2964,7 @@ def test_full_journal_keeps_messages_in_ram_beyond_their_grace_and_says_so():
         full = [True]
 
         def settle(original):
-            if full and client.store.unsettled:
+            if full and client.store.unsettled():
                 raise JournalFull("no room")
             original()
 

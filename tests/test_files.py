@@ -481,7 +481,7 @@ def test_file_is_published_whole_whatever_its_size():
                 rig.broker.delivered.append(None)
                 sent = rig.broker.packets.pop()
                 assert (sent.retain, sent.dup) == (n % 2 == 1, False) and (sent.packet_id > 65023) == (qos == 1)
-        assert rig.broker.connections == 1 and not client.store.session.requests and client.store.waiting == 0
+        assert rig.broker.connections == 1 and not client.store.session.requests and client.store.waiting() == 0
 
     for version in (4, 5):
         run(scenario, version=version)

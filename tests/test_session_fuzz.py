@@ -939,7 +939,7 @@ class MadBroker:
         self.seconds += rng.below(3)
         self.clock_set = self.clock_set or rng.below(100) == 0
         if client.connected and rng.below(8) == 0:
-            self.count("sent again for quota", client.store.later)
+            self.count("sent again for quota", client.store.later())
             client._retry_ms = 0
             client._sweep()
             client._sweep()
@@ -1056,7 +1056,7 @@ class MadBroker:
             client._down.set()
         await self.until(lambda: client.connected and self.link and not self.link.closed and not self.link.ends)
         errors = client.protocol_errors
-        await self.until(lambda: not client.store.waiting)
+        await self.until(lambda: not client.store.waiting())
         if self.owed or client.protocol_errors != errors:
             self.fail("honest broker: %r owed, %r" % (self.owed, client.last_error))
         await client.close()

@@ -471,7 +471,7 @@ def test_a_publish_in_the_callback_leaves_the_acknowledgement_of_the_outer_one_a
 
         rig.broker.hears = hears
         c.publish(b"out", b"outer", qos=1)
-        assert rig.got == [b"a"] and not c.store.waiting
+        assert rig.got == [b"a"] and not c.store.waiting()
         assert rig.payloads() == [b"outer", b"inner", b"inner 2", b"inner 0"]
         assert rig.clock.waited == 0
         trace = rig.broker.trace()
@@ -500,7 +500,7 @@ def test_a_callback_that_answers_each_message_does_not_grow_the_stack():
         c.publish(b"t", b"0", qos=1)
         while rig.broker.link.waiting:
             c.check_msg()
-        assert len(rig.payloads()) == 51 and not c.store.waiting
+        assert len(rig.payloads()) == 51 and not c.store.waiting()
         assert deepest[0] < 8
 
     play(scenario)
@@ -575,10 +575,10 @@ def test_what_publish_has_accepted_survives_power_loss_at_any_packet_of_its_way(
             c._lost = lambda e: (c._hang_up(), e)[1]
             c.publish(b"t", b"1", qos=qos, mark=7)
             c = rig.make()
-            assert c.mark == 7 and c.store.waiting == 1
+            assert c.mark == 7 and c.store.waiting() == 1
             assert c.connect(False) == 1
             c.publish(b"t", b"2", qos=qos)
-            assert not c.store.waiting
+            assert not c.store.waiting()
             want = [b"1", b"2"]
             if (qos, what) == (1, "unanswered"):
                 want.insert(0, b"1")  # with DUP
@@ -669,7 +669,7 @@ def test_a_broker_that_swallows_everything_ends_the_wait_of_publish():
         rig.broker.away = False
         c.publish(b"t", b"1", qos=1)
         assert 10000 <= rig.clock.waited <= 21000
-        assert rig.broker.connections == 2 and not c.store.waiting
+        assert rig.broker.connections == 2 and not c.store.waiting()
         assert rig.payloads() == [b"0", b"1"]
 
     play(scenario, ((1, "PUBLISH", 2, "ignored"),))
@@ -689,7 +689,7 @@ def test_a_slow_callback_does_not_use_up_the_brokers_time():
         c.set_callback(callback)
         rig.broker.hears = hears
         c.publish(b"t", b"1", qos=1)
-        assert rig.broker.connections == 1 and not c.store.waiting
+        assert rig.broker.connections == 1 and not c.store.waiting()
 
     play(scenario)
 
@@ -844,14 +844,14 @@ def test_finished_messages_are_recorded_once_a_second_when_nothing_comes_and_at_
     def scenario(rig):
         c = rig.connected()
         c.publish(b"t", b"1", qos=1)
-        assert rig.make().store.waiting == 0  # as on a board that wakes, publishes and sleeps
+        assert rig.make().store.waiting() == 0  # as on a board that wakes, publishes and sleeps
         for wait_ms in (1000, 0):
             c = rig.connected()
             c.publish(b"t", b"1", qos=1)
             c.publish(b"t", b"2", qos=1)
             rig.clock.now += wait_ms
             (c.check_msg if wait_ms else c.disconnect)()
-            assert rig.make().store.waiting == 0
+            assert rig.make().store.waiting() == 0
 
     play(scenario)
 
@@ -897,7 +897,7 @@ def test_a_later_client_for_the_same_session_takes_the_journal_over():
         a.disconnect()
         b.publish(b"t", b"3", qos=1)
         assert rig.payloads() == [b"1", b"2", b"3"]
-        assert rig.make(off=False).store.waiting == 0  # even what is recorded lazily
+        assert rig.make(off=False).store.waiting() == 0  # even what is recorded lazily
 
     play(scenario)
 

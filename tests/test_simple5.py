@@ -231,7 +231,7 @@ def test_a_message_that_expired_unsent_is_not_sent_and_of_others_the_rest_of_the
         rig.clock.wait(30000)
         rig.broker.away = False
         c.connect(False)
-        while c.store.waiting:
+        while c.store.waiting():
             c.check_msg()
         assert rig.payloads() == [b"100"]
         assert rig.broker.named("PUBLISH")[-1].properties == {"message_expiry_interval": 70}
@@ -259,7 +259,7 @@ def test_a_refused_message_is_finished_and_publish_says_so():
         c = rig.connected()
         for qos in 1, 2:
             e = raises(simple.MQTTException, lambda qos=qos: c.publish("t", "no", qos=qos))
-            assert e.args == (0x87,) and not c.store.waiting
+            assert e.args == (0x87,) and not c.store.waiting()
             c.publish("t", "yes", qos=qos)
         assert rig.broker.trace(1, ("CONNECT",)) == (
             "PUBLISH 1 no,PUBLISH 2 yes,PUBLISH 3 no,PUBLISH 4 yes,PUBREL 4".split(",")
@@ -291,14 +291,14 @@ def test_what_is_too_much_for_the_brokers_quota_is_sent_again_after_a_growing_pa
     def scenario(rig):
         c = rig.connected()
         c.publish("t", "1", qos=1)  # returns: it is safe
-        assert c.store.waiting == 1 and c.store.postponed == 1
+        assert c.store.waiting() == 1 and c.store.postponed == 1
         c.publish("t", "2", qos=1)
         for wait_ms, sent in (4000, 2), (1000, 3), (9000, 3), (1000, 4):
             rig.clock.wait(wait_ms)
             for _ in range(2):
                 c.check_msg()
             assert len(rig.broker.named("PUBLISH")) == sent, wait_ms
-        assert not c.store.waiting
+        assert not c.store.waiting()
         assert rig.broker.trace(1, ("CONNECT",)) == ["PUBLISH 1 1", "PUBLISH 2 2", "PUBLISH 1 1", "PUBLISH 1 1"]
 
     play(scenario, ((1, "PUBLISH", 1, "refuse 151"), (1, "PUBLISH", 3, "refuse 151")))
@@ -313,7 +313,7 @@ def test_what_the_connected_broker_does_not_take_is_a_value_error():
         for qos in 0, 1:
             raises(ValueError, lambda qos=qos: c.publish("t", "x", True, qos))
             raises(ValueError, lambda qos=qos: c.publish("t", "x" * 60, qos=qos))
-        assert not c.store.waiting and not rig.broker.named("PUBLISH")
+        assert not c.store.waiting() and not rig.broker.named("PUBLISH")
         c.publish("t", "x", qos=1)
         # What was accepted before: with a lower QoS, without retain, and not at all.
         rig.broker.cut()
@@ -323,7 +323,7 @@ def test_what_the_connected_broker_does_not_take_is_a_value_error():
         c.publish("t", "3" * 60, qos=1)
         rig.broker.away = False
         c.connect(False)
-        while c.store.waiting:
+        while c.store.waiting():
             c.check_msg()
         assert rig.broker.delivered[1:] == [("t", b"2", 1)] and not rig.broker.named("PUBLISH")[-1].retain
         assert (c.store.lowered, c.store.refused) == (1, 1)
@@ -559,7 +559,7 @@ def test_a_journal_goes_from_one_version_to_the_other_and_back_and_loses_nothing
                 c.publish("t", sent[-1], qos=qos, **more)
             if make % 2:
                 c.connect(False)
-                while c.store.waiting:
+                while c.store.waiting():
                     c.check_msg()
             simple._owners.clear()
         assert rig.payloads() == sent

@@ -130,7 +130,7 @@ def test_bad_arguments_are_refused_and_change_nothing():
     for topic in ("", "a/#", "+", "a\0", b"\xff"):
         raises(ValueError, store.publish, topic, b"", 1)
     raises(ValueError, store.publish, "t", b"x" * 4096, 1)
-    assert nor.ops == ops and not store.waiting and store.stored == 0
+    assert nor.ops == ops and not store.waiting() and store.stored == 0
     assert store.publish("t", b"", 1) == 1
 
 
@@ -172,7 +172,7 @@ def test_an_acknowledgement_costs_no_program_and_rides_with_the_next_record():
         _bytes(store)
         programs = nor.programs
         store.on_ack(PUBACK, 1)
-        assert nor.programs == programs and store.waiting == 1
+        assert nor.programs == programs and store.waiting() == 1
         assert [entry[:2] for entry in _sent(_reopen(nor))] == [(0x3A, 1), (0x3A, 2)]  # losing it only repeats
         nor, store = _begin(unit)
         _publish(store, 2)
@@ -212,7 +212,7 @@ def test_an_acknowledgement_is_recorded_by_commit_and_by_close():
         else:
             store.commit()
         store = _reopen(nor)
-        assert store.waiting == 1 and _sent(store) == [(0x3C, 2, b"1")]
+        assert store.waiting() == 1 and _sent(store) == [(0x3C, 2, b"1")]
 
 
 def test_at_most_16_acknowledgements_wait_for_their_record():
@@ -222,8 +222,8 @@ def test_at_most_16_acknowledgements_wait_for_their_record():
     for packet_id in range(1, 41):
         store.on_ack(PUBACK, packet_id)
         again = _peek(nor, in_flight=64)
-        assert again.waiting - store.waiting <= 16
-    assert store.waiting == 0
+        assert again.waiting() - store.waiting() <= 16
+    assert store.waiting() == 0
 
 
 def test_packet_identifiers_wrap_and_keep_their_order():
@@ -237,7 +237,7 @@ def test_packet_identifiers_wrap_and_keep_their_order():
         assert _publish(store, 6) == [65021, 65022, 65023, 1, 2, 3]
         store.connected(True, 7)
         sent = [entry[1] for entry in _sent(store)]
-        while store.waiting:
+        while store.waiting():
             packet_id = [p for p in (65021, 65022, 65023, 1, 2, 3) if p in store.session.out][0]
             store.on_ack(PUBACK, packet_id)
             sent += [entry[1] for entry in _sent(store)]
@@ -257,7 +257,7 @@ def test_the_order_across_the_wrap_survives_a_restart():
         assert ids == [65020, 65021, 65022, 65023, 1, 2, 3]
         store = _reopen(nor, in_flight=3)
         sent = []
-        while store.waiting:
+        while store.waiting():
             now = [entry[1] for entry in _sent(store)]
             assert now
             sent += now
@@ -404,10 +404,10 @@ def test_an_acknowledgement_that_cannot_be_is_a_protocol_error_and_costs_nothing
 def test_no_more_answers_than_fit_are_taken():
     nor, store = _begin()
     taken = 0
-    while store.can_answer:
+    while store.can_answer():
         store.on_ack(PUBREL, 1 + taken)
         taken += 1
-    assert taken == 64 and len(_sent(store)) == 64 and store.can_answer
+    assert taken == 64 and len(_sent(store)) == 64 and store.can_answer()
 
 
 # -- reconnect: rules 8 to 10
@@ -466,7 +466,7 @@ def test_a_new_journal_knows_no_session_and_an_old_one_knows_whose():
     me = identity("device", "broker", 1883)
     assert me and me != identity("device", "broker", 1884) and me != identity("devic", "ebroker", 1883)
     _publish(store, 1)
-    assert _peek(nor).identity == 0 and _peek(nor).waiting == 1
+    assert _peek(nor).identity == 0 and _peek(nor).waiting() == 1
     store.begin(me)
     store = _open(nor)
     assert store.identity == me
@@ -603,7 +603,7 @@ def test_only_the_window_is_sent_the_rest_waits_on_flash():
         nor, store = _begin(unit, in_flight=4)
         _publish(store, 30)
         assert [entry[1] for entry in _sent(store)] == [1, 2, 3, 4]
-        assert _sent(store) == [] and store.waiting == 30 and len(store.session.out) == 4
+        assert _sent(store) == [] and store.waiting() == 30 and len(store.session.out) == 4
         store.on_ack(PUBACK, 2)
         assert [entry[1] for entry in _sent(store)] == [5]
 
@@ -618,9 +618,9 @@ def test_the_order_survives_a_restart_in_the_middle_of_the_queue():
                 store.on_ack(PUBACK, packet_id)
             store.commit()
             store = _reopen(nor, in_flight=4)
-            assert store.waiting == 40 - done
+            assert store.waiting() == 40 - done
             assert _drain(store) == [b"%d" % number for number in range(done, 40)], (unit, done)
-            assert store.waiting == 0 and store.lost == 0
+            assert store.waiting() == 0 and store.lost == 0
 
 
 def test_what_is_sent_after_an_orderly_restart_has_dup_after_a_cut():
@@ -661,7 +661,7 @@ def test_a_smaller_window_after_a_restart_is_kept_to():
     assert [entry[1] for entry in _sent(store)] == [41, 42]
     store.on_ack(PUBACK, 41)
     assert [entry[1] for entry in _sent(store)] == [43]
-    while store.waiting:
+    while store.waiting():
         for packet_id in store.session.order()[::-1]:
             store.on_ack(PUBACK, packet_id)
         _sent(store)
@@ -686,12 +686,12 @@ def test_ram_does_not_grow_with_the_backlog():
     used = gc.mem_alloc() if sys.implementation.name == "micropython" else 0
     for number in range(600):
         store.publish("t", b"more", 1)
-    assert _held_objects(store) == objects and store.waiting == 620
+    assert _held_objects(store) == objects and store.waiting() == 620
     gc.collect()
     if used:
         assert gc.mem_alloc() - used < 256  # CPython cannot tell
     again = _peek(nor, in_flight=4)
-    assert again.waiting == 620 and _held_objects(again) < 32
+    assert again.waiting() == 620 and _held_objects(again) < 32
 
 
 def test_a_full_journal_refuses_and_loses_nothing():
@@ -707,9 +707,9 @@ def test_a_full_journal_refuses_and_loses_nothing():
                     break
                 accepted += 1
             assert 10 < accepted < 200
-            assert store.waiting == accepted and store.mark == accepted - 1 and store.session.newest == newest
+            assert store.waiting() == accepted and store.mark == accepted - 1 and store.session.newest == newest
             found = _peek(nor, in_flight=4, **options)
-            assert found.waiting == accepted and found.mark == accepted - 1
+            assert found.waiting() == accepted and found.mark == accepted - 1
             assert [int(p.split(b".")[0]) for p in _drain(store)] == list(range(accepted)), unit
             store.publish("t", b"again", 1)
 
@@ -754,13 +754,13 @@ def test_drop_oldest_makes_room_and_tells():
         _sent(store)  # in flight: never dropped
         ids = _publish(store, 300, first=4, size=100, mark=True)
         assert dropped and not any(ok for _, ok in dropped)
-        assert store.dropped == len(dropped) and store.waiting == 304 - len(dropped)
+        assert store.dropped == len(dropped) and store.waiting() == 304 - len(dropped)
         gone = [packet_id for packet_id, _ in dropped]
         assert gone == list(range(5, 5 + len(gone)))  # the oldest, in order
         assert not store.is_live(gone[0]) and store.is_live(ids[-1])
         left = [b"%d" % n + b"." * 100 for n in range(304) if n + 1 not in gone]
         again = _reopen(nor, in_flight=4)
-        assert again.waiting == len(left) and again.mark == 303  # the dropped do not come back
+        assert again.waiting() == len(left) and again.mark == 303  # the dropped do not come back
         dropped.clear()
         assert _drain(again) == left, unit
 
@@ -858,7 +858,7 @@ def test_a_message_in_pieces_may_be_carried_forward_meanwhile():
             store.on_ack(PUBREL, 1)
             store.commit()
             store.answers = 0
-        if store.queued > 3:
+        if store.queued() > 3:
             break
     while store.rest:
         n = store.fill(buf, 0)
@@ -962,7 +962,7 @@ def test_a_rotted_message_is_lost_alone_and_counted():
                     assert store.journal.damaged == 1
                 left = [b"payload-%d" % n for n in range(10) if n != number]
                 assert _drain(store) == left, (unit, restart, number)
-                assert store.waiting == 0 and (restart or store.lost == 1)
+                assert store.waiting() == 0 and (restart or store.lost == 1)
                 store.publish("t", b"after", 1)
                 assert _drain(store) == [b"after"]
 
@@ -1026,7 +1026,7 @@ def test_a_rotted_message_does_no_harm_when_a_full_journal_is_packed():
             store.answers = 0
         assert store.journal.seq > seq
         assert [int(p[8:].split(b".")[0]) for p in _drain(store)] == [n for n in range(number) if n != bad], unit
-        assert store.lost == 1 and store.waiting == 0
+        assert store.lost == 1 and store.waiting() == 0
 
 
 def test_a_queue_packed_anew_keeps_its_order_and_identifiers_through_restarts():
@@ -1053,7 +1053,7 @@ def test_a_queue_packed_anew_keeps_its_order_and_identifiers_through_restarts():
         left = list(range(number))
         while left:
             found = _peek(nor, in_flight=2)
-            assert found.session.newest == store.session.newest and found.waiting == len(left), (unit, left)
+            assert found.session.newest == store.session.newest and found.waiting() == len(left), (unit, left)
             found.connected(True, 7)
             assert [int(p.split(b".")[0]) for p in _drain(found)] == left
             for _, packet_id, payload in _sent(store):
@@ -1075,9 +1075,9 @@ def test_a_journal_of_rubbish_is_no_obstacle():
         nor = Nor(32768)
         nor.mem[:] = filler * 32768
         store = _open(nor)
-        assert store.waiting == 0 and store.identity == 0 and store.mark is None
+        assert store.waiting() == 0 and store.identity == 0 and store.mark is None
         store.publish("t", b"a", 1)
-        assert _peek(nor).waiting == 1
+        assert _peek(nor).waiting() == 1
 
 
 def test_a_failed_device_leaves_what_is_stored_and_open_takes_it_up_again():
@@ -1090,7 +1090,7 @@ def test_a_failed_device_leaves_what_is_stored_and_open_takes_it_up_again():
 
     nor._program = fails
     raises(OSError, store.publish, "t", b"c", 1)
-    assert store.waiting == 2
+    assert store.waiting() == 2
     nor._program = program
     store.open()
     store.connected(True, 7)
@@ -1235,16 +1235,16 @@ def test_a_message_acknowledged_in_its_grace_costs_no_program_and_no_erase():
         erases = sum(nor.erases)
         for turn in range(30):
             ids = _publish(store, 16)
-            assert store.unsettled == store.waiting == 16 and store.is_live(ids[0])
+            assert store.unsettled() == store.waiting() == 16 and store.is_live(ids[0])
             assert [entry[1] for entry in _sent(store)] == ids
             for packet_id in ids if turn & 1 else reversed(ids):
                 store.on_ack(PUBACK, packet_id)
         store.settle()
         store.commit()
         assert nor.programs == programs and sum(nor.erases) == erases
-        assert store.spared == store.acknowledged == 480 and store.stored == store.waiting == store.unsettled == 0
+        assert store.spared == store.acknowledged == 480 and store.stored == store.waiting() == store.unsettled() == 0
         assert len(done) == 480 and all(ok for _, ok in done)
-        assert _peek(nor).waiting == 0
+        assert _peek(nor).waiting() == 0
 
 
 def test_settle_records_what_is_left_in_order_and_a_restart_has_it():
@@ -1254,9 +1254,9 @@ def test_settle_records_what_is_left_in_order_and_a_restart_has_it():
         _sent(store)
         for n in (0, 3, 4, 7):
             store.on_ack(PUBACK, ids[n])
-        assert store.unsettled == 4 and _peek(nor).waiting == 0
+        assert store.unsettled() == 4 and _peek(nor).waiting() == 0
         store.settle()
-        assert (store.unsettled, store.stored, store.spared) == (0, 4, 4)
+        assert (store.unsettled(), store.stored, store.spared) == (0, 4, 4)
         assert _sent(_reopen(nor)) == [(0x3A, ids[n], b"%d" % n) for n in (1, 2, 5, 6)], unit
         programs = nor.programs
         store.settle()
@@ -1301,9 +1301,9 @@ def test_qos_2_and_marks_are_recorded_at_once_behind_the_unsettled_before_them()
         for qos, mark in ((2, None), (1, 5), (2, 5)):
             nor, store = _begin_graced(unit)
             _publish(store, 3)
-            assert store.unsettled == 3 and store.mark is None
+            assert store.unsettled() == 3 and store.mark is None
             store.publish("t", b"3", qos, False, mark)
-            assert store.unsettled == 0
+            assert store.unsettled() == 0
             found = _reopen(nor)
             assert found.mark == mark and [entry[2] for entry in _sent(found)] == [b"0", b"1", b"2", b"3"]
 
@@ -1312,15 +1312,15 @@ def test_what_does_not_go_out_at_once_is_recorded_at_once_behind_the_unsettled()
     for unit in _UNITS:
         nor, store = _begin_graced(unit, in_flight=4)
         _publish(store, 4)
-        assert store.unsettled == 4
+        assert store.unsettled() == 4
         _publish(store, 6, first=4)
-        assert store.unsettled == 0 and _peek(nor).waiting == 10
+        assert store.unsettled() == 0 and _peek(nor).waiting() == 10
         store.on_ack(PUBACK, 1)
         _publish(store, 1, first=10)  # room in the window, but others come first
-        assert store.unsettled == 0
+        assert store.unsettled() == 0
         store.disconnected()
         _publish(store, 1, first=11)
-        assert store.unsettled == 0
+        assert store.unsettled() == 0
         assert _drain(_reopen(nor, in_flight=4)) == [b"%d" % n for n in range(1, 12)], unit
 
 
@@ -1328,15 +1328,15 @@ def test_no_more_than_2_kib_wait_in_ram():
     nor, store = _begin_graced()
     store.publish("t", bytes(1000), 1)
     store.publish("t", bytes(1000), 1)
-    assert store.unsettled == 2
+    assert store.unsettled() == 2
     store.publish("t", bytes(1000), 1)
-    assert store.unsettled == 0 and store.stored == 3
+    assert store.unsettled() == 0 and store.stored == 3
     store.publish("t", bytes(3000), 1)
-    assert store.unsettled == 0 and store.stored == 4
+    assert store.unsettled() == 0 and store.stored == 4
     payload = bytearray(b"abc")
     store.publish("t", payload, 1)
     payload[:] = b"xyz"  # the caller's own again
-    assert store.unsettled == 1 and _sent(store)[-1][2] == b"abc"
+    assert store.unsettled() == 1 and _sent(store)[-1][2] == b"abc"
 
 
 def test_the_unsettled_go_out_again_on_the_next_connection():
@@ -1356,10 +1356,10 @@ def test_the_unsettled_go_out_again_on_the_next_connection():
             (0x33 | dup, ids[2] + 1, b"three"),
             (0x32, new, b"new"),
         ]
-        assert store.unsettled == 4 and store.resent == 3
+        assert store.unsettled() == 4 and store.resent == 3
         for packet_id in (ids[0], ids[2], ids[2] + 1, new):
             store.on_ack(PUBACK, packet_id)
-        assert store.waiting == 0 and store.stored == 0
+        assert store.waiting() == 0 and store.stored == 0
 
 
 def test_a_message_settled_in_the_middle_of_being_sent_is_sent_whole():
@@ -1385,7 +1385,7 @@ def test_what_was_settled_after_a_snapshot_that_knew_of_it_does_not_come_back_wh
         ids = _publish(store, 4)
         _sent(store)
         _next_sector(store)
-        assert _peek(nor).waiting == 0
+        assert _peek(nor).waiting() == 0
         store.settle()
         assert _peek(nor).session.order()[::-1] == ids
         store.on_ack(PUBACK, ids[1])
@@ -1394,9 +1394,9 @@ def test_what_was_settled_after_a_snapshot_that_knew_of_it_does_not_come_back_wh
         for packet_id in (ids[0], ids[2], ids[3]):
             store.on_ack(PUBACK, packet_id)
         store.commit()
-        assert _peek(nor).waiting == 0, unit
+        assert _peek(nor).waiting() == 0, unit
         store.publish("t", b"", 2)
-        assert _peek(nor).waiting == 1
+        assert _peek(nor).waiting() == 1
 
 
 def test_a_sector_that_begins_while_the_unsettled_are_recorded_loses_and_doubles_none():
@@ -1425,7 +1425,7 @@ def test_a_sector_that_begins_while_the_unsettled_are_recorded_loses_and_doubles
             for packet_id in range(1, 7):
                 store.on_ack(PUBACK, packet_id)
             store.commit()
-            assert _peek(nor).waiting == 1, (unit, left)
+            assert _peek(nor).waiting() == 1, (unit, left)
 
 
 def test_a_message_stored_at_once_keeps_its_topic_when_the_unsettled_before_it_fill_a_sector():
@@ -1477,7 +1477,7 @@ def test_carried_messages_and_unsettled_ones_keep_their_order():
             held = _publish(store, 3)
             _sent(store)
             _next_sector(store)
-            assert store.unsettled == (0 if lap == 6 else 3)
+            assert store.unsettled() == (0 if lap == 6 else 3)
             for packet_id in held if lap & 1 else held[1:]:
                 store.on_ack(PUBACK, packet_id)
             if not lap & 1:
@@ -1512,7 +1512,7 @@ def test_a_failed_flash_mounted_anew_has_the_unsettled_still():
         nor.writeblocks = whole
         store.disconnected()
         store.open()
-        assert store.session.order()[::-1] == [stored] + ids and store.unsettled == 2
+        assert store.session.order()[::-1] == [stored] + ids and store.unsettled() == 2
         store.connected(True, 7)
         assert [entry[1] for entry in _sent(store)] == [stored] + ids
         new = store.publish("t", b"new", 2)
@@ -1599,7 +1599,7 @@ class _Grace:
         assert not missing, (self.seed, self.cuts, missing)
         back = [n for n in found if n not in self.live and n not in self.done[-17:]]
         assert not back, (self.seed, self.cuts, back)
-        assert store.lost == 0 and store.waiting == 0
+        assert store.lost == 0 and store.waiting() == 0
         self.lost += len([n for n in self.live if n not in found])
         self.live = sorted(found)
         self.safe = self.live[:]
@@ -1624,7 +1624,7 @@ class _Grace:
                     self.live.remove(number)
                     break
                 self.mark = self.trying_mark
-                if not store.unsettled:
+                if not store.unsettled():
                     self.safe = self.live[:]
         elif what < 15:
             _bytes(store)
@@ -1707,7 +1707,7 @@ def test_in_a_clean_session_a_qos_2_message_goes_out_again_until_its_pubcomp():
         assert _sent(again) == [(0x34, 2, b"1")]
         again.on_ack(PUBREC, 2)
         again.on_ack(PUBCOMP, 2)
-        assert not again.waiting and _sent(again) == [(0x62, 2, None)]
+        assert not again.waiting() and _sent(again) == [(0x62, 2, None)]
 
 
 def test_a_subscription_however_long_never_makes_a_journal_full_in_which_nothing_waits():

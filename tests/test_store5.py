@@ -168,7 +168,7 @@ def test_bad_properties_are_refused_and_change_nothing():
         {"no such": 1},
     ):
         raises(ValueError, store.publish, "t", b"", 1, False, None, properties)
-    assert nor.ops == ops and not store.waiting and store.stored == 0
+    assert nor.ops == ops and not store.waiting() and store.stored == 0
     assert store.publish("t", b"", 1) == 1
 
 
@@ -197,7 +197,7 @@ def test_a_changed_version_loses_no_message_either_way():
                     store.close()
                 store = _reopen(nor, version=3)
                 sent = []
-                while store.waiting:
+                while store.waiting():
                     for packet in _packets(store, size):
                         if packet[0] >> 4 == 3:
                             packet_id, topic, payload = powercut.publish_fields(packet)
@@ -213,7 +213,7 @@ def test_a_changed_version_loses_no_message_either_way():
                     store.close()
                 store = _reopen(nor)
                 sent = []
-                while store.waiting:
+                while store.waiting():
                     for entry in _sent(store, size):
                         sent.append(entry[2:])
                         store.on_ack(PUBACK, entry[1])
@@ -237,7 +237,7 @@ def test_a_grace_has_no_effect():
     store.connected(False, 7)
     programs = nor.programs
     store.publish("t", b"a", 1)
-    assert nor.programs > programs and store.unsettled == 0
+    assert nor.programs > programs and store.unsettled() == 0
 
 
 # -- the broker's limits
@@ -253,11 +253,11 @@ def test_no_more_messages_are_in_flight_than_the_broker_receives():
             if resent:
                 _reconnect(store)
                 _packets(store)
-                assert store.in_flight == 4
+                assert store.in_flight() == 4
                 _reconnect(store, receive_maximum=most)
             open_ = set()
             sent = []
-            while store.waiting:
+            while store.waiting():
                 while True:
                     heads = _heads(store)
                     if not heads:
@@ -270,7 +270,7 @@ def test_no_more_messages_are_in_flight_than_the_broker_receives():
                         else:
                             open_.remove(packet_id)
                             store.on_ack(PUBCOMP, packet_id)
-                assert len(open_) == min(most, 4, store.waiting), "the window is not used"
+                assert len(open_) == min(most, 4, store.waiting()), "the window is not used"
                 if not open_:
                     break
                 packet_id = min(open_)
@@ -337,9 +337,9 @@ def test_no_message_is_sent_above_the_brokers_maximum_qos():
     assert _heads(store) == [(0x32, 1), (0x32, 2)] and store.lowered == 1
     store.on_ack(PUBACK, 1)
     store.on_ack(PUBACK, 2)
-    assert ends == [(1, True), (2, True)] and store.waiting == 0 and store.acknowledged == 2
+    assert ends == [(1, True), (2, True)] and store.waiting() == 0 and store.acknowledged == 2
     store.commit()
-    assert _open(nor).waiting == 0
+    assert _open(nor).waiting() == 0
 
 
 def test_a_message_lowered_for_one_broker_has_its_own_qos_for_the_next():
@@ -362,9 +362,9 @@ def test_a_broker_without_qos_1_has_them_all_at_qos_0():
             store.disconnected()
             store.connected(True, 7)  # again, and yet no DUP
             assert [entry[:2] for entry in _sent(store, size)] == [(0x30, 0)] * 9
-            assert ends == [(n, True) for n in range(1, 10)] and store.waiting == 0
+            assert ends == [(n, True) for n in range(1, 10)] and store.waiting() == 0
             store.commit()
-            assert _open(nor).waiting == 0, unit
+            assert _open(nor).waiting() == 0, unit
 
 
 def test_a_message_at_qos_0_is_not_over_before_its_last_byte_is_in_the_buffer():
@@ -599,7 +599,7 @@ def test_many_expired_messages_do_not_hold_up_one_that_has_not():
     assert list(store.session.out) == [last] and store.expired == 100
     store.commit()
     store = _open(nor)
-    assert store.is_live(last) and store.waiting == 1
+    assert store.is_live(last) and store.waiting() == 1
 
 
 def test_a_message_that_has_expired_is_not_sent_after_a_cut_behind_one_that_came_later():
@@ -636,7 +636,7 @@ def test_a_refused_message_is_finished_counted_and_told():
             store.on_ack(PUBACK, 1, reason)
             assert ends == [(2, reason), (1, reason)] and store.refused == 2 and store.acknowledged == 0
             assert _packets(store) == []  # no PUBREL
-            assert store.waiting == 1
+            assert store.waiting() == 1
             store.commit()
             assert _heads(_reopen(nor)) == [(0x3C, 3)]
 
@@ -695,9 +695,9 @@ def test_in_a_clean_session_a_message_that_had_its_pubrel_is_not_sent_again_for_
     assert _heads(store) == [(0x34, 1)]
     store.on_ack(PUBREC, 1)
     store.on_ack(PUBREC, 1, 0x97)  # no broker should
-    assert _heads(store) == [(0x62, 1)] and not store.later and store.session.unknown == 1
+    assert _heads(store) == [(0x62, 1)] and not store.later() and store.session.unknown == 1
     store.on_ack(PUBCOMP, 1)
-    assert _heads(store) == [(0x34, 2)] and store.in_flight == 1
+    assert _heads(store) == [(0x34, 2)] and store.in_flight() == 1
 
 
 def test_messages_without_quota_never_make_the_window_grow_without_bound():
@@ -711,10 +711,10 @@ def test_messages_without_quota_never_make_the_window_grow_without_bound():
     assert len(store.state()) <= store.max_state
     store.retry()
     sent = []
-    while store.waiting:
+    while store.waiting():
         for _, packet_id in _heads(store):
             sent.append(packet_id)
-            assert store.in_flight <= 4
+            assert store.in_flight() <= 4
             store.on_ack(PUBACK, packet_id)
     assert sent == list(range(1, 101))
 
@@ -731,7 +731,7 @@ def test_a_message_without_quota_is_sent_on_a_new_connection():
             _reconnect(store)
         assert _heads(store) == [(0x3A, 1)]
         store.on_ack(PUBACK, 1)
-        assert store.waiting == 0 and store.session.limit == 4
+        assert store.waiting() == 0 and store.session.limit == 4
 
 
 def test_what_is_not_known_is_answered_with_0x92():
@@ -757,7 +757,7 @@ def test_0x92_finishes_what_is_to_be_finished():
     store.on_ack(PUBREC, 1)
     _packets(store)
     store.on_ack(PUBCOMP, 1, 0x92)
-    assert ends == [(1, True)] and store.waiting == 0
+    assert ends == [(1, True)] and store.waiting() == 0
     assert store.on_publish(2, 9)
     store.handled(2, 9, store.session.epoch)
     assert _packets(store) == [b"\x50\x02\x00\x09"]
@@ -774,14 +774,14 @@ def test_a_second_pubrec_with_an_error_releases_nothing_again():
     store.on_ack(PUBREC, 1, 0x91)
     assert _packets(store) == [] and store.is_live(1)
     store.on_ack(PUBCOMP, 1)
-    assert store.waiting == 0
+    assert store.waiting() == 0
 
 
 def test_answers_of_both_lengths_are_whole_in_any_buffer():
     for size in (5, 6, 7, 9, 64, 300):
         nor, store = _begin()
         n = 0
-        while store.can_answer:
+        while store.can_answer():
             n += 1
             if n % 3:
                 store.on_ack(PUBREL, n)
@@ -810,7 +810,7 @@ def test_an_acknowledgement_that_cannot_be_is_a_protocol_error():
     for reason in (0, 0x80, 0x97):
         raises(ProtocolError, store.on_ack, PUBACK, 1, reason)
         raises(ProtocolError, store.on_ack, PUBREC, 2, reason)
-    assert store.waiting == 2
+    assert store.waiting() == 2
 
 
 # -- the session, as in 3.1.1
@@ -897,7 +897,7 @@ def test_the_assigned_client_identifier_survives_what_the_subscriptions_do_not()
         _laps(store, 60000)
         store.commit()
         store = _open(nor)
-        assert store.assigned == "auto-ä" and store.subscriptions == {}
+        assert store.assigned == "auto-ä" and store.subscriptions() == {}
         store.assign("b" * 128)
         store.close()
         store = _open(nor)

@@ -102,7 +102,7 @@ class Run:
         session = store.session
         order = [(packet_id, session.out[packet_id]) for packet_id in reversed(session.order())]
         saved = store._cursor, store._taken
-        while store.queued:
+        while store.queued():
             pos = store._find()
             if pos < 0:
                 self.fail("a queued message cannot be found")

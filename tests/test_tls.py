@@ -157,7 +157,7 @@ def test_client_goes_on_storing_and_trying_while_the_clock_is_not_set():
             await client.publish("t", "stored", qos=1)
             await until(lambda: len(ntp.asked) >= 4, "four attempts")
             assert type(client.last_error) is TLSError and "the clock is not set" in str(client.last_error)
-            assert client.store.waiting == 1
+            assert client.store.waiting() == 1
 
     with Ntp(2021, OSError(110)) as ntp:
         asyncio.run(scenario())

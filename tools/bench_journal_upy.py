@@ -309,7 +309,7 @@ def _full(store, broker):
 def _backlog(store, broker):
     _steady(store, broker)
     try:
-        while store.waiting < BACKLOG:
+        while store.waiting() < BACKLOG:
             store.publish(TOPIC, PAYLOAD, 1)
             broker.take(store)
     except JournalFull:
@@ -457,7 +457,7 @@ class Heap:
 
     def wait(self, n):
         """Let n messages wait."""
-        while self.store.waiting < n:
+        while self.store.waiting() < n:
             self.store.publish(TOPIC, PAYLOAD, 1)
             self.store.fill(SEND, 0)
         SEND[:] = bytes(len(SEND))

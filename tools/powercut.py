@@ -644,7 +644,7 @@ def facts(store):
     queued = 0
     pos = store._cursor
     journal = store.journal
-    while pos >= 0 and queued < store.queued:
+    while pos >= 0 and queued < store.queued():
         pos = journal.next(pos)
         if pos < 0:
             break
@@ -655,13 +655,13 @@ def facts(store):
         pos = journal.behind(pos)
     return {
         "messages": messages,
-        "unreadable": store.queued - queued,
+        "unreadable": store.queued() - queued,
         "held": sorted(session.held),
         "newest": session.newest,
         "mark": store.mark,
         "received": store.received,
         "identity": store.identity,
-        "subscriptions": sorted(store.subscriptions.items()),
+        "subscriptions": sorted(store.subscriptions().items()),
         "assigned": getattr(store, "assigned", ""),
     }
 
@@ -814,7 +814,7 @@ class Device:
                 if not kind:
                     break
                 self._packet(kind)
-                while not self.store.can_answer:
+                while not self.store.can_answer():
                     self.flush()
             if not self.world.down:
                 return
@@ -851,7 +851,7 @@ class Device:
             most -= 1
             self.world.effect(number, qos, self.store.token(packet_id) if qos == 2 else None)
             self.store.handled(qos, packet_id, epoch)
-            while not self.store.can_answer:
+            while not self.store.can_answer():
                 self.flush()
 
     def publish(self, count):
@@ -1008,7 +1008,8 @@ class World:
         while True:
             self.round += 1
             if self.round > ROUNDS:
-                raise Failure("no end: waiting %d, held %s" % (device.store.waiting, sorted(device.store.session.held)))
+                store = device.store
+                raise Failure("no end: waiting %d, held %s" % (store.waiting(), sorted(store.session.held)))
             event = self.events.pop(self.round, None)
             if event:
                 self.say("event", event)
@@ -1033,7 +1034,7 @@ class World:
             if self._is_over(device):
                 break
         store = device.store
-        if set(store.session.held) - self.swallowed or store.queued or self.broker.has:
+        if set(store.session.held) - self.swallowed or store.queued() or self.broker.has:
             raise Failure("left over: held %s, at the broker %s" % (sorted(store.session.held), self.broker.has))
         before = facts(store)
         store.close()
@@ -1061,7 +1062,7 @@ class World:
         broker = self.broker
         return (
             device.next > self.workload.publishes
-            and not device.store.waiting
+            and not device.store.waiting()
             and (broker.published == self.workload.receives)
             and not broker.queue
             and not broker.flight

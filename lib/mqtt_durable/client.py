@@ -486,14 +486,14 @@ class Client:
             if n:
                 self._write_now(n)
                 self._sent.set()
-            if not store.unsent:
+            if not store.unsent():
                 return
             self._quick = False  # the rest of a message goes before all else
         self._wake.set()
 
     def _begin_grace(self, packet_id):
         # Either this one waits in RAM now, or none does any more.
-        if self.store.unsettled:
+        if self.store.unsettled():
             self._young.append((packet_id, time.ticks_ms()))
             self.store.finished = self._on_finished
             self._aging.set()
@@ -545,7 +545,7 @@ class Client:
         try:
             if timeout_s is None:
                 await self._until_drained()
-            elif self.store.waiting or not self.store.journal.usable:
+            elif self.store.waiting() or not self.store.journal.usable:
                 await asyncio.wait_for_ms(self._until_drained(), int(timeout_s * 1000))
         except asyncio.TimeoutError:
             self._settle_now()
@@ -554,7 +554,7 @@ class Client:
 
     async def _until_drained(self):
         await self._mounted()
-        while self.store.waiting:
+        while self.store.waiting():
             await self._progressed()
             await self._mounted()
 
@@ -567,7 +567,7 @@ class Client:
     def idle(self):
         """True when nothing is going on: connected, the broker has all that is stored, no message is being handled."""
         store = self.store
-        busy = store.waiting or store.answers or self._inbox or self._handling or self._outbox
+        busy = store.waiting() or store.answers or self._inbox or self._handling or self._outbox
         return self.connected and not busy
 
     def stalled_ms(self):
@@ -676,8 +676,8 @@ class Client:
             "sent": store.sent,
             "resent": store.resent,
             "acknowledged": store.acknowledged,
-            "waiting": store.waiting,
-            "unsettled": store.unsettled,
+            "waiting": store.waiting(),
+            "unsettled": store.unsettled(),
             "spared": store.spared,
             "dropped": store.dropped,
             "lost": store.lost,
@@ -767,7 +767,7 @@ class Client:
     def _remount(self):
         """After a failure of the flash what it holds is what counts.  Only while there is no connection.  OSError."""
         store = self.store
-        waiting = store.waiting
+        waiting = store.waiting()
         try:
             store.open()
         except JournalLost as e:
@@ -795,7 +795,7 @@ class Client:
         store.journal = Journal(device, prog_size, size)
         store.session.limit = min(store.session.limit, 4 * store.journal.sectors)
         store.open()
-        store.lost += waiting - store.waiting
+        store.lost += waiting - store.waiting()
         self.journal_lost += 1
         self._lost(JournalLost("%s; the journal begins anew in %s%s" % (error, self.journal_home, why)))
 
@@ -808,7 +808,7 @@ class Client:
         journal = self.store.journal
         if journal.damaged:
             self.log.add(WARNING, "journal: %d records are damaged" % journal.damaged)
-        state = "new" if journal.fresh else "%d messages wait" % self.store.waiting
+        state = "new" if journal.fresh else "%d messages wait" % self.store.waiting()
         self.log.add(INFO, "journal in %s: %s" % (self.journal_home, state))
 
     def _sweep(self):
@@ -950,7 +950,7 @@ class Client:
                 decoder.fed(_some(await stream.readinto(decoder.space())))
                 self._last_received = time.ticks_ms()
                 continue
-            while store.answers and not store.can_answer:
+            while store.answers and not store.can_answer():
                 await self._room()
             if kind == PUBLISH:
                 if not self._on_publish():
@@ -1178,7 +1178,7 @@ class Client:
 
     def _is_owed(self):
         """Whether the broker has something to answer."""
-        return self.store.waiting or self._requests or (self._files and self._files.upload)
+        return self.store.waiting() or self._requests or (self._files and self._files.upload)
 
     async def _age(self):
         """Record the messages that the broker has not acknowledged within their grace."""
@@ -1315,7 +1315,7 @@ class Client:
                     self._handler_failed(e, where)
                 except Exception as e:
                     self._handler_failed(e, where)
-            while message.qos and self.connected and not store.can_answer:
+            while message.qos and self.connected and not store.can_answer():
                 await self._room()
             if message.qos:
                 self._handled(message)

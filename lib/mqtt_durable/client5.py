@@ -500,7 +500,7 @@ class Client5(Client):
     def _sweep(self):
         super()._sweep()
         store = self.store
-        if not store.later:
+        if not store.later():
             self._retry_at = None
             self._retry_ms = _RETRY_MS
         elif self._retry_at is None:

@@ -63,7 +63,7 @@ class Files:
             return False
         store = self._client.store
         store.hold = upload.packet_id and not upload.begun
-        return not store.hold or store.in_flight <= 0
+        return not store.hold or store.in_flight() <= 0
 
     async def publish(self, topic, path, qos, retain):
         """See Client.publish_file()."""

@@ -67,7 +67,6 @@ class Recall:
         self._subs = None  # read when they are asked for
         self._subs_at = pos
 
-    @property
     def subscriptions(self):
         """Topic filter -> requested QoS << 2 | granted QoS, of those the broker has acknowledged."""
         if self._subs is None:
@@ -128,7 +127,6 @@ class Recall:
 
     # -- the queue: messages _taken + 1 to newest, from the cursor on
 
-    @property
     def queued(self):
         """How many messages wait behind the window."""
         return self.session.ahead(self.session.newest, self._taken)
@@ -162,7 +160,7 @@ class Recall:
                     return pos
             pos = self._cursor
         if not self._mounting:
-            self.lost += self.queued  # their records are no longer readable
+            self.lost += self.queued()  # their records are no longer readable
         self._taken = session.newest
         return -1
 
@@ -225,7 +223,7 @@ class Recall:
         session = self.session
         newest = session.newest
         # What is finished may stand in the queue while mounting, and then what is queued in front of it is older.
-        self._upto = session.back(newest, max([(newest - p) % _IDS + 1 for p in session.out] + [self.queued]))
+        self._upto = session.back(newest, max([(newest - p) % _IDS + 1 for p in session.out] + [self.queued()]))
 
     # -- carrying
 
@@ -234,7 +232,7 @@ class Recall:
         session = self.session
         out = session.out
         found = sorted([w >> 2 for w in out.values() if w > 3 and w >> 14 == sector and w & 3 != REL])
-        if whole and self.queued:
+        if whole and self.queued():
             journal = self.journal
             pos = self._cursor if self._cursor >> 12 == sector else journal.start_of(sector)
             while 0 <= pos and pos >> 12 == sector:
@@ -250,7 +248,7 @@ class Recall:
 
     def live(self, sector, whole):
         journal = self.journal
-        if self.queued and not whole:
+        if self.queued() and not whole:
             if self._cursor >> 12 == sector:
                 self._cursor = journal.next(self._cursor)  # perhaps all that was left in the sector is behind it
             if self._cursor >> 12 == sector:
@@ -309,7 +307,7 @@ class Recall:
                 del session.out[packet_id]
             else:
                 session.out[packet_id] = moved[where >> 2] << 2 | where & 3
-        if self.queued and self._cursor >> 12 == sector:
+        if self.queued() and self._cursor >> 12 == sector:
             self._cursor = journal.start_of(journal.head)
         if self._subs_at >> 12 == sector:
             try:
@@ -344,6 +342,6 @@ class Recall:
         sectors = {where >> 14 for where in self.session.out.values() if where > 3 and where & 3 != REL}
         if self._subs_at >= 0:
             sectors.add(self._subs_at >> 12)
-        if self.queued and self._cursor >= 0:
+        if self.queued() and self._cursor >= 0:
             sectors.add(self._cursor >> 12)
         return min([self.journal.seq_of(sector << 12) for sector in sectors]) if sectors else None

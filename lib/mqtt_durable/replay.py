@@ -117,7 +117,7 @@ def _replay_publish(store, kind, pos, packet_id, before):
     if newest == before or session.is_new(packet_id):
         if newest != before:
             # Those in between never came to the journal; so there was no queue, only the window.
-            if store.queued <= store._most:
+            if store.queued() <= store._most:
                 store._take_to(newest)
             if store._taken == newest:
                 store._taken = before

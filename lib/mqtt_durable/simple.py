@@ -622,7 +622,7 @@ class MQTTClient:
             self._good = True
             came = self._handle(came)
             if came >> 4 != PUBLISH:
-                if self.store.due:
+                if self.store.due():
                     self._fill()
                 return came
         except _FAULTS as e:
@@ -725,7 +725,7 @@ class MQTTClient:
                 if time.ticks_diff(now, self._ping_at) > self._limit_ms and silent_ms > self._limit_ms:
                     raise OSError(ETIMEDOUT, "the broker no longer answers")
             elif (self.keepalive and time.ticks_diff(now, self._last_sent) >= self.keepalive * 750) or (
-                store.waiting and silent_ms > self._limit_ms
+                store.waiting() and silent_ms > self._limit_ms
             ):
                 self._ping_at = now
                 self._write(PINGREQ_BYTES)

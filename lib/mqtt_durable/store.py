@@ -202,8 +202,8 @@ class Store(Recall):
         if self._taken == newest:
             # At once into the window: it need not be looked for on flash.
             at_once = self.online and len(session.out) < session.limit
-        elif self.queued >= _MOST_QUEUED:
-            raise JournalFull("no free packet identifier: %d messages wait" % self.queued)
+        elif self.queued() >= _MOST_QUEUED:
+            raise JournalFull("no free packet identifier: %d messages wait" % self.queued())
         if self._grace and self._keeps(packet_id, topic, payload, qos, retain, mark, at_once):
             where = 1
         else:
@@ -300,7 +300,6 @@ class Store(Recall):
             self._drop_held(packet_id)
             self.stored += 1
 
-    @property
     def unsettled(self):
         """How many messages wait in RAM."""
         return len(self._held)
@@ -322,21 +321,20 @@ class Store(Recall):
         """Whether the message with this packet identifier still waits for its end."""
         return packet_id in self.session.out or self._is_queued(packet_id)
 
-    @property
     def waiting(self):
         """How many messages wait for their end."""
-        return self.queued + len(self.session.out)
+        return self.queued() + len(self.session.out)
 
     def _drop(self):
         """Drop the queued messages of the oldest sector that has any; False if there is none."""
         self._take_up_sent()
-        if not self.queued:
+        if not self.queued():
             return False
         self._ready()
         journal = self.journal
         before = self._taken
         seq = journal.seq_of(self._cursor)
-        while self.queued and self._cursor >= 0 and journal.seq_of(self._cursor) == seq:
+        while self.queued() and self._cursor >= 0 and journal.seq_of(self._cursor) == seq:
             if self._find() >= 0:
                 self.dropped += 1
                 if self.finished:
@@ -408,12 +406,10 @@ class Store(Recall):
             self._held_back = 0
         return off
 
-    @property
     def due(self):
         """Whether fill() may have something to write."""
         return self.answers or self._sent_to != self.session.newest or self._resend or self.rest or self._held_back
 
-    @property
     def unsent(self):
         """Whether fill() had no room for something."""
         return self.rest or self.answers or self._held_back
@@ -497,7 +493,6 @@ class Store(Recall):
             self.rest -= n
         return off + n
 
-    @property
     def in_flight(self):
         """How many messages that have been sent wait for their end."""
         return len(self.session.out) - self.session.ahead(self._taken, self._sent_to)
@@ -645,7 +640,6 @@ class Store(Recall):
 
     # -- inbound
 
-    @property
     def can_answer(self):
         """Whether there is room for one more answer; the reader waits until there is."""
         return self.answers < _ANSWERS
@@ -719,20 +713,20 @@ class Store(Recall):
 
     def granted(self, topic_filter, qos):
         """The QoS the broker granted to this very subscription, None if it has not acknowledged it."""
-        found = self.subscriptions.get(topic_filter)
+        found = self.subscriptions().get(topic_filter)
         return found & 3 if found is not None and found >> 2 == qos else None
 
     def subscribed(self, topic_filter, qos, granted):
         """SUBACK came.  Losing this only makes a SUBSCRIBE again; so it is for more than 32, or 3 KB, of them."""
-        subs = dict(self.subscriptions)
+        subs = dict(self.subscriptions())
         subs[topic_filter] = qos << 2 | granted
         if len(subs) <= _MOST_SUBS:
             self._record_subscriptions(subs)
 
     def unsubscribing(self, topic_filter):
         """To be called before UNSUBSCRIBE goes out: afterwards nobody may believe in the subscription."""
-        if topic_filter in self.subscriptions:
-            subs = dict(self.subscriptions)
+        if topic_filter in self.subscriptions():
+            subs = dict(self.subscriptions())
             del subs[topic_filter]
             self._record_subscriptions(subs)
 
@@ -790,6 +784,6 @@ class Store(Recall):
                 where = session.out.get(packet_id, 0)
                 if where > 3 and where & 3 != REL:
                     return where >> 2
-            if self.queued:
+            if self.queued():
                 return self._cursor
         return -1

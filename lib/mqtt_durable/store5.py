@@ -370,7 +370,6 @@ class Store5(Store):
         if self.finished:
             self.finished(packet_id, result)
 
-    @property
     def in_flight(self):
         """How many messages that have been sent wait for their end, but for those that are to be sent anew."""
         ours = len(self.session.out) - self.session.ahead(self._taken, self._sent_to) - len(self._later)
@@ -385,7 +384,7 @@ class Store5(Store):
         out = self.session.out
         while self._due and not self._resend:
             packet_id = self._due[0]
-            if packet_id in out and self.in_flight >= self._window:
+            if packet_id in out and self.in_flight() >= self._window:
                 break
             self._due.pop(0)
             self._later.remove(packet_id)
@@ -404,7 +403,6 @@ class Store5(Store):
 
     # -- refusals
 
-    @property
     def later(self):
         """How many messages wait for retry()."""
         return len(self._later) - len(self._due)

@@ -347,7 +347,7 @@ from mqtt_durable.journal import Journal
 from mqtt_durable.store import Store
 store = Store(Journal(device, unit, size))
 store.open()
-print("journal:", size, store.journal.fresh, store.journal.closed, store.waiting, getattr(device, "note", None))
+print("journal:", size, store.journal.fresh, store.journal.closed, store.waiting(), getattr(device, "note", None))
 print("programmed:", sum([nor.ops for nor in nors]))
 print("library:", flash.__file__, Store.__module__)
 for name in ("boot.py", "main.py"):

@@ -167,7 +167,7 @@ def summary(journal):
 def facts(store):
     """The same of a store."""
     session = store.session
-    queued = [session.back(session.newest, n) for n in range(store.queued)]
+    queued = [session.back(session.newest, n) for n in range(store.queued())]
     window = [n for n in session.out if session.out[n]]
     return {
         "waiting": sorted(window + queued, key=lambda n: -session.ahead(session.newest, n)),
@@ -175,7 +175,7 @@ def facts(store):
         "mark": store.mark,
         "inbound": sorted(session.held),
         "received": store.received,
-        "subscriptions": {f: (how >> 2, how & 3) for f, how in store.subscriptions.items()},
+        "subscriptions": {f: (how >> 2, how & 3) for f, how in store.subscriptions().items()},
     }
 
 
@@ -211,7 +211,7 @@ def test_store_mounts_the_golden_files():
         # And all of it goes out, in order.
         store.connected(True, IDENTITY)
         sent = drain(store)
-        while store.waiting:
+        while store.waiting():
             acknowledge(store, store.session.order()[-1])
             sent += drain(store)
         got = [powercut.publish_fields(p) for p in sent if p[0] >> 4 == 3]

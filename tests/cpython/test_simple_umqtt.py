@@ -501,11 +501,11 @@ n = c.mark or 0
 while n < 8:
     n += 1
     c.publish(b"out/n", b"%d" % n, qos=QOS, mark=n)
-while c.store.waiting:  # the last one was published, but not acknowledged, before the kill
+while c.store.waiting():  # the last one was published, but not acknowledged, before the kill
     c.ping()
     c.wait_msg()
 c.disconnect()
-print("done", c.store.waiting)
+print("done", c.store.waiting())
 """
 
 LISTENS = """

@@ -35,7 +35,7 @@ class Entry(with_umqtt.Entry):
         client = self.client
         for n in range((client.mark or 0) + 1, last + 1):
             client.publish(TOPIC, numbered(n), False, qos, mark=n)
-        while client.store.waiting:  # what was accepted while the link was down
+        while client.store.waiting():  # what was accepted while the link was down
             try:
                 client.check_msg()
                 time.sleep_ms(10)
