@@ -29,7 +29,7 @@ class Log:
     def __init__(self, level="info", console="warning", secrets=()):
         self.level = LEVELS.index(level)
         self.console = LEVELS.index(console)
-        self._secrets = [secret for secret in secrets if secret and len(secret) >= _SECRET]
+        self._secrets = secrets
         self._events = []
         self._up_ms = 0
         self._ticks = time.ticks_ms()
@@ -48,31 +48,29 @@ class Log:
         if errors are printed.
         """
         try:
-            self._add(level, text, error)
+            kept = level <= self.level
+            if kept or level <= self.console:
+                if error is not None:
+                    text = ("%s: %s: %s" % (text, type(error).__name__, error)).rstrip(": ")
+                for secret in self._secrets:
+                    if secret and len(secret) >= _SECRET:
+                        text = text.replace(secret, "***")
+                text = text[:_TEXT]
+                name = LEVELS[level]
+                times = 1
+                events = self._events
+                if kept:
+                    if events and events[-1][1:3] == (name, text):
+                        times += events.pop()[3]
+                    elif len(events) >= _EVENTS:
+                        events.pop(0)
+                    events.append((self.uptime_ms() // 1000, name, text, times))
+                if times == 1 and level <= self.console:
+                    print("mqtt: %s: %s" % (name, text))
             if trace and self.console >= ERROR:
                 sys.print_exception(error)
         except Exception:  # no memory, or an exception of the program's that has no text
             pass
-
-    def _add(self, level, text, error):
-        kept = level <= self.level
-        if not kept and level > self.console:
-            return
-        if error is not None:
-            text = ("%s: %s: %s" % (text, type(error).__name__, error)).rstrip(": ")
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = text[:_TEXT]
-        times = 1
-        events = self._events
-        if kept:
-            if events and events[-1][1:3] == (LEVELS[level], text):
-                times += events.pop()[3]
-            elif len(events) >= _EVENTS:
-                events.pop(0)
-            events.append((self.uptime_ms() // 1000, LEVELS[level], text, times))
-        if times == 1 and level <= self.console:
-            print("mqtt: %s: %s" % (LEVELS[level], text))
 
     def events(self):
         """Return a list of the events, oldest first: (uptime in s, level, text, how often it came in a row).
