@@ -11,10 +11,12 @@ The sleep is here too, because the watchdog of a Pico runs on in it.
 
 import time
 
-_FEED_MS = 1000
-_STALL_MS = 60000
-_STEP_MS = 5000  # of a Pico's sleep, whose watchdog ends at 8 s
-_NUDGE_MS = 10
+from micropython import const
+
+_FEED_MS = const(1000)
+_STALL_MS = const(60000)
+_STEP_MS = const(5000)  # of a Pico's sleep, whose watchdog ends at 8 s
+_NUDGE_MS = const(10)
 
 _wdt = None
 _timer = None
@@ -41,7 +43,11 @@ def start(machine=None):
     if not (hasattr(machine, "WDT") and hasattr(machine, "Timer")):
         return False
     # The timer first: a watchdog without one would reset the board for ever.
-    timer = _make_timer(machine)
+    try:
+        timer = machine.Timer(-1)
+    except ValueError:  # an ESP32 without software timers
+        timer = machine.Timer(0)
+    _begin(timer, machine)
     # 30 s outlasts a look-up on the ESP32, where a timer's callback waits for it too.  The RP2040 ends at 8388 ms.
     try:
         _wdt = machine.WDT(timeout=30000)
@@ -115,15 +121,6 @@ def sleep(ms, machine=None):
             _begin(_timer, machine)
         raise
     machine.reset()
-
-
-def _make_timer(machine):
-    try:
-        timer = machine.Timer(-1)
-    except ValueError:  # an ESP32 without software timers
-        timer = machine.Timer(0)
-    _begin(timer, machine)
-    return timer
 
 
 def _begin(timer, machine):
