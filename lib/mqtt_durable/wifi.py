@@ -11,26 +11,11 @@ import asyncio
 import gc
 import time
 
+from .once import once
+
 _ATTEMPT_MS = 12000  # scan, association and DHCP at a slow access point
 _PAUSE_MS = 1000  # an access point that has just restarted refuses for about as long
 _POLL_MS = 250
-
-# What status() means: the ESP32's reasons are positive, those of the Pico W's cyw43 negative or small.
-_REASONS = {
-    200: "lost the access point",
-    201: "no access point",
-    202: "password or association refused by",
-    203: "association refused by",
-    204: "wrong password for",
-    205: "connection refused by",
-    210: "no access point with suitable security",
-    211: "no access point with suitable security",
-    212: "no access point strong enough",
-    -1: "connection refused by",
-    -2: "no access point",
-    -3: "wrong password for",
-    2: "no address from",
-}
 
 
 class Wifi:
@@ -61,15 +46,18 @@ class Wifi:
             self._leave()
             await self._sleep_ms(_PAUSE_MS)
             try:
-                self._connect()
-                if await self._wait(wlan):
-                    return
+                password = self._settings["password"]
+                wlan.connect(self._settings["ssid"], *(() if password is None else (password,)))
+                began = self._ticks_ms()
+                while time.ticks_diff(self._ticks_ms(), began) < _ATTEMPT_MS:
+                    await self._sleep_ms(_POLL_MS)
+                    if wlan.isconnected():
+                        return
                 reason = wlan.status() or reason
             except (OSError, RuntimeError):  # ENOMEM on the Pico W, "Wifi Internal State Error" on the ESP32
                 gc.collect()
         self._leave()
-        text = _REASONS.get(reason, "no connection within %d s to" % (2 * _ATTEMPT_MS // 1000))
-        raise OSError('Wi-Fi: %s "%s"' % (text, self._settings["ssid"]))
+        raise OSError(once("wifi_reasons", "text", reason, self._settings["ssid"], 2 * _ATTEMPT_MS // 1000))
 
     def down(self):
         """Switch the radio off, as before a deep sleep; up() switches it on again.  Raises nothing."""
@@ -121,24 +109,8 @@ class Wifi:
         self._wlan = wlan
         return wlan
 
-    def _connect(self):
-        settings = self._settings
-        if settings["password"] is None:
-            self._wlan.connect(settings["ssid"])
-        else:
-            self._wlan.connect(settings["ssid"], settings["password"])
-
     def _leave(self):
         try:
             self._wlan.disconnect()
         except (OSError, RuntimeError):  # there was nothing to leave
             pass
-
-    async def _wait(self, wlan):
-        """Return True once connected, False when this attempt's time is over."""
-        began = self._ticks_ms()
-        while time.ticks_diff(self._ticks_ms(), began) < _ATTEMPT_MS:
-            await self._sleep_ms(_POLL_MS)
-            if wlan.isconnected():
-                return True
-        return False
