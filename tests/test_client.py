@@ -1984,7 +1984,7 @@ def test_every_failure_is_followed_by_a_pause_and_attempts_in_an_hour_are_few():
             elif name == "no link":
                 client._link = Down()
             elif name == "no address":
-                client._addresses._look_up = no_address
+                client._addresses.next = no_address
             elif name == "no memory":
                 client.store.connected = no_memory
             await client.publish("t", "kept", qos=2)

@@ -5,11 +5,12 @@ import socket
 
 import mqtt_durable.transport as transport_module
 from fakebroker import FakeBroker, until
-from mqtt_durable.transport import Addresses, at_once
+from mqtt_durable.transport import Addresses, dial
 from raises import raises
 from test_client import Rig, play
 
 NO_ANSWER = OSError(-2, "no name server")
+REFUSED = OSError(111, "refused")
 
 
 class Dns:
@@ -191,24 +192,37 @@ def test_name_is_looked_up_only_when_the_link_has_just_come_up():
     _play(dns, scenario, link=link, fresh=True)
 
 
-class Options:
-    """A socket that takes options, or has none as in old firmware."""
+class Options(Dns):
+    """Makes sockets that take options, or have none as in old firmware, and go no further."""
 
     def __init__(self, error=None):
+        super().__init__(())
         self.error = error
         self.options = []
+
+    def socket(self, *_):
+        return self
+
+    def setblocking(self, _):
+        pass
 
     def setsockopt(self, *option):
         self.options.append(option)
         if self.error:
             raise self.error
 
+    def connect(self, _):
+        raise REFUSED
+
+    def close(self):
+        pass
+
 
 def test_small_writes_do_not_wait_for_the_acknowledgement_of_those_before():
-    sock = Options()
-    at_once(sock)
-    assert sock.options == [(6, 1, 1)]  # IPPROTO_TCP, TCP_NODELAY
-    at_once(Options(OSError(95)))
+    for error in (None, OSError(95)):
+        with Options(error) as sock:
+            assert raises(OSError, dial, (2, 1, 6, "", "address")) is REFUSED
+        assert sock.options == [(6, 1, 1)]  # IPPROTO_TCP, TCP_NODELAY
 
     async def scenario(rig):
         await until(lambda: rig.client.connected)

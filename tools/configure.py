@@ -28,7 +28,7 @@ host.install()
 
 from mqtt_durable import config as device  # noqa: E402
 from mqtt_durable import packet, packet5, reasons  # noqa: E402
-from mqtt_durable.errors import ConfigError, ConnectRefused, ProtocolError  # noqa: E402
+from mqtt_durable.errors import ConfigError, ProtocolError  # noqa: E402
 
 TIMEOUT_S = 5
 BROKER_WORDS = "host name or address of the broker"
@@ -303,7 +303,7 @@ def probe(config, directory, timeout_s=TIMEOUT_S):
                     words = reasons.text(decoder.reason_code)
                     return False, "%s: broker refused the connection: %s" % (where, words)
                 if decoder.return_code:
-                    words = str(ConnectRefused(decoder.return_code)).partition(";")[0]
+                    words = reasons.refused(decoder.return_code).partition(";")[0]
                     return False, "%s: %s" % (where, words)
                 link.sendall(b"\xe0\x00")
     except ProtocolError:

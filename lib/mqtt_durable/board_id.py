@@ -2,8 +2,6 @@
 
 from .errors import ConfigError
 
-NOT_AUTO = 'client_id: found "auto", expected a text of 1-128 bytes, because this machine has no machine.unique_id()'
-
 
 def client_id(config):
     """Return the client identifier: as configured, or for "auto" one made of the board's own number.
@@ -16,7 +14,8 @@ def client_id(config):
         return config["client_id"]
     number = unique_id()
     if number is None:
-        raise ConfigError([NOT_AUTO])
+        why = 'client_id: found "auto", expected a text of 1-128 bytes, because this machine has no machine.unique_id()'
+        raise ConfigError([why])
     return "mqj-" + "".join(["%02x" % byte for byte in number[-9:]])
 
 

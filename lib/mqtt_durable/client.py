@@ -16,28 +16,18 @@ from random import getrandbits
 
 from micropython import const
 
-from .board_id import client_id as configured_client_id
 from .errors import (
     ConnectRefused,
     JournalFull,
-    JournalLost,
-    JournalUnavailable,
     MessageDropped,
     MQTTError,
     ProtocolError,
     SubscribeRefused,
 )
-from .flash import open_home, resolve
-from .journal import Journal
-from .log import DEBUG, ERROR, INFO, WARNING, Log
+from .once import once
 from .packet import (
-    CONNACK,
     DISCONNECT_BYTES,
     PINGREQ_BYTES,
-    PINGRESP,
-    PUBLISH,
-    SUBACK,
-    UNSUBACK,
     check_filter,
     check_topic,
     encode_connect,
@@ -47,23 +37,30 @@ from .packet import (
     matches,
     put_publish_head,
     utf8,
-    Decoder,
 )
-from .store import Store, identity
-from .transport import Addresses, dial, hang_up
+from .store import Store
+from .transport import dial
+
+# As packet.py and log.py have them: here they cost nothing.
+_CONNACK = const(2)
+_PUBLISH = const(3)
+_SUBACK = const(9)
+_UNSUBACK = const(11)
+_PINGRESP = const(13)
+_ERROR = const(1)
+_WARNING = const(2)
+_INFO = const(3)
+_DEBUG = const(4)
 
 _SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
-_RECEIVE_BYTES = const(768)
 _INBOX = const(16)  # messages received that wait for their handler
 _INBOX_BYTES = const(8192)  # their payloads, not counting the last one taken
 _OUTBOX = const(8)  # QoS 0 messages that wait for the writer
 _BURST = const(512)  # bytes that publish() sends before it lets the other tasks run
 _LARGEST_HEAD = const(9)  # of a PUBLISH, not counting its topic name
 _PULSE_MS = const(1000)
-_RAM_BYTES = const(32768)  # of a journal that lost its home
 _ENDURANCE = const(100000)  # erases of a sector
 _TELLING_MS = const(3600000)  # before that the rate of erases says nothing
-_YEAR_MS = 31557600000
 
 
 class Message:
@@ -87,21 +84,22 @@ class Message:
         self._flags = decoder.flags
         self._id = epoch << 16 | decoder.packet_id
 
-    @property
-    def qos(self):
-        return self._flags >> 1 & 3
-
-    @property
-    def retain(self):
-        return self._flags & 1 != 0
-
-    @property
-    def dup(self):
-        return self._flags & 8 != 0
+    def __getattr__(self, name):
+        # In place of properties: where a class has one, MicroPython searches it at each store of an attribute.
+        if name == "qos":
+            return self._flags >> 1 & 3
+        if name == "retain":
+            return self._flags & 1 != 0
+        if name == "dup":
+            return self._flags & 8 != 0
+        raise AttributeError(name)
 
 
 class Client:
     """An MQTT client whose QoS 1 and 2 messages survive power loss.
+
+    Client(config, device=None, link=None, will=None, prog_size=4, backoff_ms=(1000, 60000), answer_ms=10000,
+        limit_bytes=4096, properties=None, authenticate=None)
 
     config: a dict as config.load() returns; with config["broker"]["version"] 5 this makes a client5.Client5, which
     speaks MQTT 5 and has more than is said here, else MQTT 3.1.1 is spoken. device: a block device for the journal
@@ -113,6 +111,8 @@ class Client:
     limit_bytes: the largest packet received whole; a larger message is acknowledged, counted and not delivered.
     properties, authenticate: of MQTT 5, see client5.py.
 
+    .mark: the newest mark whose message was accepted by publish(), None if there is none; survives power loss.
+    .idle: True when nothing is going on: connected, the broker has all that is stored, no message is being handled.
     .log: the last events, see log.py; `print(client.log)`.  Its levels are config["log"]'s, if there is that.
 
     The journal is mounted here, so .mark is known at once.  Raises JournalUnavailable, ValueError, OSError (flash),
@@ -123,141 +123,32 @@ class Client:
     _goodbye = DISCONNECT_BYTES
     _on_other = None  # takes what is neither PUBLISH nor an answer to a request, in place of store.on_ack()
 
-    _made = False
     _Message = Message
     _Store = Store
 
     def __new__(cls, config, *arguments, **more):
-        if cls is not Client or config["broker"].get("version") != 5:
-            return object.__new__(cls)
-        from .client5 import Client5
+        if cls is Client and config["broker"].get("version") == 5:
+            from .client5 import Client5
 
-        client = object.__new__(Client5)
-        client.__init__(config, *arguments, **more)  # CPython does it again, MicroPython never does
-        return client
+            return Client5(config, *arguments, **more)
+        return object.__new__(cls)
 
-    def __init__(
-        self,
-        config,
-        device=None,
-        link=None,
-        will=None,
-        prog_size=4,
-        backoff_ms=(1000, 60000),
-        answer_ms=10000,
-        limit_bytes=4096,
-        properties=None,
-        authenticate=None,
-    ):
-        if self._made:
-            return
-        self._made = True
-        broker = config["broker"]
-        journal = config["journal"]
-        session = config["session"]
-        levels = config.get("log") or {}
-        wifi = config.get("wifi") or {}
-        self.log = Log(
-            levels.get("level", "info"),
-            levels.get("console", "warning"),
-            (broker["password"], wifi.get("password")),
-        )
-        self.client_id = configured_client_id(config)
-        self._broker = broker
-        self._tls = None
-        if broker.get("tls"):
-            from .tls import TLS
+    def __init__(self, config, *arguments, **more):
+        if not hasattr(self, "log"):  # CPython does it again for a Client5
+            once("opening", "make", self, config, *arguments, **more)
+            self.messages = _Messages(self)
 
-            self._tls = TLS(broker["tls"], broker["host"])
-        self._keep_alive(broker["keep_alive_s"])
-        self._clean = session["clean"]
-        self._identity = identity(self.client_id, broker["host"], broker["port"])
-        self._waits = journal["when_full"] == "wait"
-        self._grace_ms = journal["grace_ms"] if journal.get("durability") == "grace" else 0
-        self._will = will
-        self._link = link
-        self._addresses = Addresses(broker["host"], broker["port"])
-        self._backoff_ms = backoff_ms
-        self._answer_ms = answer_ms
-        self._decoder = self._set_up(config, limit_bytes, properties, authenticate)
-        self._connect_packet(True)  # a bad argument shows here, not in the field
-        size = None
-        self.journal_home = "device"  # where the journal lives
-        self._home = None  # that, if it can be opened anew
-        if device is None:
-            self.journal_home = self._home = resolve(journal["home"])
-            self._home_bytes = journal["size_kib"] * 1024
-            device, prog_size, size = open_home(self._home, self._home_bytes)
-        self._device = device
-        note = getattr(device, "note", None)  # what of an older journal there was lost
-        self.journal_lost = 1 if note else 0
-        self.last_error = None  # what ended the last connection or attempt
-        self._stepped = time.ticks_ms()
-        if note:
-            self._lost(JournalLost(note))
-        self.store = self._Store(
-            Journal(device, prog_size, size), session["in_flight"], journal["when_full"], None, self._grace_ms > 0
-        )
-        self.store.open()
-        self._log_journal()
-
-        self.connected = False
-        self.session_present = False
-        self.on_connect = None  # called with session_present after each CONNACK
-        self._send = memoryview(bytearray(_SEND_BYTES))
-        self._quick = False  # the writer waits for something to do: whoever has something may write
-        self._burst = 0
-        self._stream = None
-        self._run_task = None
-        self._down = Event()  # the connection has failed
-        self._wake = Event()  # the writer has something to do
-        self._sent = Event()  # the writer has made room
-        self._progress = Event()  # messages were acknowledged
-        self._arrived = Event()  # for the dispatcher
-        self._accepted = Event()  # by the dispatcher
-        self._said = Event()  # DISCONNECT has gone out
-        self._leaving = False
-        self._attempt = 0
-        self._renewing = False  # the broker said that it has no session, and that is not recorded yet
-        self._epoch = 0  # counts the sessions at the broker: a message belongs to the one it came in
-        self._last_sent = self._last_received = 0
-        self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
-        self._put_at = None  # ticks_ms of the piece that the broker has not taken yet
-        self._address = None  # the link's, when the connection began
-        self._young = []  # (packet identifier, ticks_ms) of the messages in their grace, oldest first
-        self._aging = Event()  # there are some
-        self._outbox = []
-        self._inbox = deque((), _INBOX)
-        self._inbox_bytes = 0
-        self._handling = None  # the message whose handler is running
-        self._blocked = False  # the reader waits for room in the inbox
-        self._passed_over = False  # it did so in vain: see _has_room()
-        self._handlers = []
-        self._files = None  # a files.Files, once the program wants one
-        self._wanted = {}  # topic filter -> QoS, of every subscription the program has asked for
-        self._requests = []
-        self._waiters = {}  # packet identifier -> Waiter
-        self.messages = _Messages(self)
-        self._Message = self._Message
-        self.connections = self.received = self.handler_errors = self.discarded = self.too_large = 0
-        self.protocol_errors = self.passed_over = 0
-        # What each message goes through is bound once.  That saves the search for a method, and with 74 attributes or
-        # more MicroPython's table of them, which grows only when it is full, has room: then what is not in it is seen
-        # at once.
-        self.publish = self.publish
-        self._publish = self._publish
-        self._send_now = self._send_now
-        self._write_now = self._write_now
-        self._on_publish = self._on_publish
-        self._flush = self._flush
+    def __getattr__(self, name):
+        # In place of properties, as in Message.
+        if name == "mark":
+            return self.store.mark
+        if name == "idle":
+            store = self.store
+            busy = store.waiting() or store.answers or self._inbox or self._handling or self._outbox
+            return self.connected and not busy
+        raise AttributeError(name)
 
     # -- what MQTT 5 does in another way
-
-    def _set_up(self, config, limit_bytes, properties, authenticate):
-        """Return the decoder."""
-        if properties or authenticate:
-            self._store_with(properties)
-        return Decoder(_RECEIVE_BYTES, limit_bytes)
 
     def _connect_packet(self, clean):
         broker = self._broker
@@ -265,21 +156,18 @@ class Client:
             self.client_id, clean, broker["keep_alive_s"], broker["username"], broker["password"], self._will
         )
 
-    def _store_with(self, properties, *_):
-        raise ValueError("properties: only with version 5")
-
     async def _answer(self):
         """Return the type of the packet that answers CONNECT."""
         while True:
             kind = self._decoder.next()
             if kind:
                 return kind
-            await self._receive(self._stream)
+            await self._receive()
 
     def _on_connack(self, clean):
         decoder = self._decoder
         if decoder.return_code:
-            raise ConnectRefused(decoder.return_code)
+            raise ConnectRefused(decoder.return_code, once("reasons", "refused", decoder.return_code))
         if clean and decoder.session_present:  # [MQTT-3.2.2-1]; it would take new identifiers for old ones
             raise ProtocolError("session present after a clean CONNECT")
 
@@ -299,23 +187,22 @@ class Client:
 
     # -- life
 
-    async def __aenter__(self):
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_):
-        await self.close()
-
     async def start(self):
-        """Begin to connect, and to stay connected.  Returns at once; publish() works from here on, connected or not."""
+        """Begin to connect, and to stay connected.  Returns the client at once; publish() works from here on, connected
+        or not."""
         if self._run_task is None:
             self._leaving = False
             self._stepped = time.ticks_ms()
-            self.messages.ended = False
             broker = self._broker
-            self.log.add(INFO, "started as %s, broker %s:%d" % (self.client_id, broker["host"], broker["port"]))
+            self.log.add(_INFO, "started as %s, broker %s:%d" % (self.client_id, broker["host"], broker["port"]))
             self._dispatch_task = asyncio.create_task(self._dispatch())
             self._run_task = asyncio.create_task(self._run())
+        return self
+
+    __aenter__ = start
+
+    async def __aexit__(self, *_):
+        await self.close()
 
     async def close(self):
         """End in order: what is pending is recorded, DISCONNECT is sent if there is a connection, the journal closed.
@@ -327,7 +214,7 @@ class Client:
         if self._run_task is None:
             return
         self._leaving = True
-        self.messages.end()
+        self.messages.changed.set()
         self._down.set()
         self._wake.set()
         try:
@@ -351,8 +238,8 @@ class Client:
                 self.store.close()
             except (MQTTError, OSError) as e:
                 self.last_error = e  # all that was promised is stored already, but for messages in their grace
-                self.log.add(ERROR, "journal", e)
-            self.log.add(INFO, "closed")
+                self.log.add(_ERROR, "journal", e)
+            self.log.add(_INFO, "closed")
 
     # -- the program's calls
 
@@ -388,18 +275,17 @@ class Client:
             if self._burst >= _BURST:
                 return self._give_way(packet_id)
         except JournalFull as e:
-            return self._full(e)
+            # A program that tries again at once must not keep the broker from making room.
+            return self._give_way(None, e)
         except Exception as e:
-            return failed(e)
-        return _given(packet_id)
+            return given(None, e)
+        return given(packet_id)
 
-    async def _full(self, error):
-        await self._give_way(None)  # a program that tries again at once must not keep the broker from making room
-        raise error
-
-    async def _give_way(self, packet_id):
+    async def _give_way(self, packet_id, error=None):
         self._burst = 0
         await asyncio.sleep_ms(0)  # a program that only publishes must not keep the others from their turn
+        if error is not None:
+            raise error
         return packet_id
 
     async def _publish_later(self, *message):
@@ -424,14 +310,16 @@ class Client:
         """Store a message, send it if that can be done at once; return its packet identifier, 0: there is no room."""
         store = self.store
         if self._stream is None and not store.journal.usable:
-            self._remount()
+            once("opening", "remount", self)
         try:
             if properties is None:
                 packet_id = store.publish(topic, payload, qos, retain, mark)
+            elif self._version != 5:
+                raise ValueError("properties: only with version 5")
             else:
-                packet_id = self._store_with(properties, topic, payload, qos, retain, mark)
+                packet_id = store.publish(topic, payload, qos, retain, mark, properties)
         except JournalFull as e:
-            self.log.add(INFO if self._waits else WARNING, "publish", e)
+            self.log.add(_INFO if self._waits else _WARNING, "publish", e)
             if self._waits:
                 return 0
             raise
@@ -440,7 +328,13 @@ class Client:
                 self._journal_failed(e)
             raise
         if self._grace_ms:
-            self._begin_grace(packet_id)
+            # Either this one waits in RAM now, or none does any more.
+            if store.unsettled():
+                self._young.append((packet_id, time.ticks_ms()))
+                store.finished = self._on_finished
+                self._aging.set()
+            else:
+                self._young.clear()
         if not self._send_now(0x30 | qos << 1 | (1 if retain else 0), topic, packet_id, payload):
             self._wake.set()
         return packet_id
@@ -491,33 +385,16 @@ class Client:
             self._quick = False  # the rest of a message goes before all else
         self._wake.set()
 
-    def _begin_grace(self, packet_id):
-        # Either this one waits in RAM now, or none does any more.
-        if self.store.unsettled():
-            self._young.append((packet_id, time.ticks_ms()))
-            self.store.finished = self._on_finished
-            self._aging.set()
-        else:
-            self._young.clear()
-
     def _settle(self):
-        """Record the messages whose grace is over, and with them all others.  Raises JournalFull, OSError."""
-        self.store.settle()
-        self._young.clear()
-
-    def _settle_now(self):
+        """Record all messages that are in their grace.  Raises nothing: what has failed is noted, and they stay."""
         try:
             if self.store.journal.usable:  # else it will be mounted anew
-                self._settle()
+                self.store.settle()
+                self._young.clear()
         except JournalFull as e:
             self._failed(e)
         except OSError as e:
             self._journal_failed(e)
-
-    @property
-    def mark(self):
-        """The newest mark whose message was accepted by publish(), None if there is none; survives power loss."""
-        return self.store.mark
 
     async def acknowledged(self, packet_id):
         """Return when the broker has the message that publish() gave this identifier.
@@ -526,14 +403,16 @@ class Client:
         """
         if packet_id is None:
             return
-        await self._mounted()
-        if not self.store.is_live(packet_id):
+        store = self.store
+        while not store.journal.usable:  # a flash that failed is to be mounted anew before it is known
+            await self._progressed()
+        if not store.is_live(packet_id):
             return
         waiter = self._waiters.get(packet_id)
         if waiter is None:
             waiter = self._waiters[packet_id] = Waiter()
-            self.store.finished = self._on_finished
-        await waiter.event.wait()
+            store.finished = self._on_finished
+        await waiter.wait()
         if waiter.result is not True:
             raise self._undelivered(packet_id, waiter.result)
 
@@ -543,32 +422,16 @@ class Client:
         What it does not have then is recorded, also if its grace is not over.
         """
         try:
-            if timeout_s is None:
-                await self._until_drained()
-            elif self.store.waiting() or not self.store.journal.usable:
-                await asyncio.wait_for_ms(self._until_drained(), int(timeout_s * 1000))
+            if self.store.waiting() or not self.store.journal.usable:
+                await asyncio.wait_for(self._until_drained(), timeout_s)
         except asyncio.TimeoutError:
-            self._settle_now()
+            self._settle()
             return False
         return True
 
     async def _until_drained(self):
-        await self._mounted()
-        while self.store.waiting():
+        while self.store.waiting() or not self.store.journal.usable:
             await self._progressed()
-            await self._mounted()
-
-    async def _mounted(self):
-        """Return when it is known what is stored: not while a flash that failed is not mounted anew."""
-        while not self.store.journal.usable:
-            await self._progressed()
-
-    @property
-    def idle(self):
-        """True when nothing is going on: connected, the broker has all that is stored, no message is being handled."""
-        store = self.store
-        busy = store.waiting() or store.answers or self._inbox or self._handling or self._outbox
-        return self.connected and not busy
 
     def stalled_ms(self):
         """Return the time since the client's own tasks took a step, connected or not: for a watchdog.
@@ -671,6 +534,14 @@ class Client:
         """
         store = self.store
         journal = store.journal
+        oldest = store.oldest()
+        years_left = None
+        up_ms = self.log.uptime_ms()
+        if journal.erases and up_ms >= _TELLING_MS and self.journal_home[:3] != "ram":
+            # Blocks of a file system take turns.
+            blocks = self._device.sharing() if hasattr(self._device, "sharing") else journal.sectors
+            erases = max(0, _ENDURANCE * blocks - journal.seq)
+            years_left = round(erases / journal.erases * up_ms / 31557600000, 1)  # ms of a year
         return {
             "stored": store.stored,
             "sent": store.sent,
@@ -693,26 +564,11 @@ class Client:
             "journal_home": self.journal_home,
             "journal_lost": self.journal_lost,
             "journal_sectors": journal.sectors,
-            "journal_sectors_used": self._sectors_used(),
+            "journal_sectors_used": 1 if oldest is None else min(journal.sectors, journal.seq - oldest + 1),
             "journal_erases": journal.seq,
-            "journal_years_left": self._years_left(),
+            "journal_years_left": years_left,
             "journal_damaged": journal.damaged,
         }
-
-    def _sectors_used(self):
-        journal = self.store.journal
-        oldest = self.store.oldest()
-        return 1 if oldest is None else min(journal.sectors, journal.seq - oldest + 1)
-
-    def _years_left(self):
-        up_ms = self.log.uptime_ms()
-        journal = self.store.journal
-        if not journal.erases or up_ms < _TELLING_MS or self.journal_home[:3] == "ram":
-            return None
-        # Blocks of a file system take turns.
-        blocks = self._device.sharing() if hasattr(self._device, "sharing") else journal.sectors
-        erases = max(0, _ENDURANCE * blocks - journal.seq)
-        return round(erases / journal.erases * up_ms / _YEAR_MS, 1)
 
     # -- connection
 
@@ -741,7 +597,7 @@ class Client:
         self._attempt += 1
         half_ms = limit_ms >> 1
         pause_ms = half_ms + (getrandbits(16) * (limit_ms - half_ms) >> 16)
-        self.log.add(DEBUG, "next attempt in %d ms" % pause_ms)
+        self.log.add(_DEBUG, "next attempt in %d ms" % pause_ms)
         return pause_ms
 
     def _failed(self, error):
@@ -751,7 +607,7 @@ class Client:
         if isinstance(error, ProtocolError):
             self.protocol_errors += 1
         if fault or not self._leaving:
-            level = ERROR if fault or isinstance(error, (ConnectRefused, ProtocolError)) else WARNING
+            level = _ERROR if fault or isinstance(error, (ConnectRefused, ProtocolError)) else _WARNING
             self.log.add(level, "connection lost" if self.connected else "no connection", error, fault)
         if not self._leaving:
             self.last_error = error
@@ -764,53 +620,6 @@ class Client:
         if self.connected:
             self._down.set()
 
-    def _remount(self):
-        """After a failure of the flash what it holds is what counts.  Only while there is no connection.  OSError."""
-        store = self.store
-        waiting = store.waiting()
-        try:
-            store.open()
-        except JournalLost as e:
-            self._move(e, waiting)
-        self._log_journal()
-        for message in [self._handling] + list(self._inbox):
-            if message is not None and message.qos and message._id >> 16 == self._epoch:
-                store.session.busy.add(message._id & 0xFFFF)
-        self._sweep()
-
-    def _move(self, error, waiting):
-        """The journal's home is lost for good, and so is what waited there: make a new one, there or else in RAM."""
-        device = None
-        why = ""
-        if self._home is not None:
-            try:
-                device, prog_size, size = open_home(self._home, self._home_bytes, True)
-            except (JournalUnavailable, OSError) as e:
-                why = " (%s)" % e
-        if device is None:
-            self.journal_home = "ram, for %s was lost" % self.journal_home
-            device, prog_size, size = open_home("ram", _RAM_BYTES)
-        self._device = device
-        store = self.store
-        store.journal = Journal(device, prog_size, size)
-        store.session.limit = min(store.session.limit, 4 * store.journal.sectors)
-        store.open()
-        store.lost += waiting - store.waiting()
-        self.journal_lost += 1
-        self._lost(JournalLost("%s; the journal begins anew in %s%s" % (error, self.journal_home, why)))
-
-    def _lost(self, error):
-        self.last_error = error
-        self.log.add(ERROR, "journal", error)
-
-    def _log_journal(self):
-        """The journal has been mounted."""
-        journal = self.store.journal
-        if journal.damaged:
-            self.log.add(WARNING, "journal: %d records are damaged" % journal.damaged)
-        state = "new" if journal.fresh else "%d messages wait" % self.store.waiting()
-        self.log.add(INFO, "journal in %s: %s" % (self.journal_home, state))
-
     def _sweep(self):
         """End the waiting for messages that are no longer there: their records do not read back."""
         for packet_id in list(self._waiters):
@@ -822,7 +631,7 @@ class Client:
         """One connection, from the network's coming up to the end.  Raises MQTTError, OSError, TimeoutError."""
         store = self.store
         if not store.journal.usable:
-            self._remount()
+            once("opening", "remount", self)
         self._address = self._put_at = None
         if self._link is not None:
             await self._link.up()
@@ -843,11 +652,11 @@ class Client:
                 store.connecting()
             await self._open(self._clean)
             # Once it has said that it has none, what it has the next time is a new one, until we have recorded that.
-            self.session_present = self._decoder.session_present and not self._renewing
-            if not self.session_present:
+            self.session_present = present = self._decoder.session_present and not self._renewing
+            if not present:
                 self._renewing = True
                 self._epoch += 1
-            store.connected(self.session_present, self._identity, self._clean)
+            store.connected(present, self._identity, self._clean)
             self._renewing = False
             self._passed_over = False
             self._said.clear()
@@ -855,17 +664,18 @@ class Client:
             self._ping_at = None
             self._last_sent = self._last_received = time.ticks_ms()
             self.connected = True
-            self.log.add(INFO, "connected, " + ("session present" if self.session_present else "new session"))
+            self.log.add(_INFO, "connected, " + ("session present" if present else "new session"))
             self._renew_requests()
             if self.on_connect:
                 try:
-                    self.on_connect(self.session_present)
+                    self.on_connect(present)
                 except Exception as e:
                     self._handler_failed(e, "on_connect")
             tasks = [self._read(), self._pulse(), self._write()]
             if self._grace_ms:
                 tasks.append(self._age())
-            tasks = [asyncio.create_task(self._guard(task)) for task in tasks]
+            for i, coro in enumerate(tasks):
+                tasks[i] = asyncio.create_task(self._guard(coro))
             await self._down.wait()
             if self._leaving:  # the writer says good-bye
                 await asyncio.wait_for_ms(self._said.wait(), 2000)
@@ -878,23 +688,26 @@ class Client:
                 store.disconnected()
                 if self._files:
                     self._files.disconnected()
-                self._settle_now()
+                self._settle()
                 for data in self._outbox:
-                    if data[0] >> 4 == PUBLISH:
+                    if data[0] >> 4 == _PUBLISH:
                         self.discarded += 1
                 self._outbox.clear()
                 self._sent.set()
                 self._hang_up()
 
     def _hang_up(self):
-        if self._stream is not None:
-            hang_up(self._stream)
+        """End the connection.  MicroPython's Stream.close() does nothing."""
+        stream = self._stream
+        if stream is not None:
+            stream.s.close()
+            stream.sock.close()  # a TLS socket whose handshake has failed leaves it open (modtls_mbedtls.c)
             self._stream = None
 
-    async def _guard(self, coroutine):
+    async def _guard(self, coro):
         """Run one of the connection's tasks; its failure ends the connection."""
         try:
-            await coroutine
+            await coro
         except Exception as e:
             self._failed(e)
             self._down.set()
@@ -915,14 +728,15 @@ class Client:
             kind = await self._answer()
         except (OSError, ValueError) as e:
             raise e if self._tls is None else self._tls.explained(e)
-        if kind != CONNACK:
+        if kind != _CONNACK:
             raise ProtocolError("packet type %d before CONNACK" % kind)
         self._on_connack(clean)
         self._addresses.good()
 
-    async def _receive(self, stream):
+    async def _receive(self):
         self._flush()
-        self._decoder.fed(_some(await stream.readinto(self._decoder.space())))
+        decoder = self._decoder
+        decoder.fed(_some(await self._stream.readinto(decoder.space())))
         self._last_received = time.ticks_ms()
 
     async def _put(self, data):
@@ -952,14 +766,14 @@ class Client:
                 continue
             while store.answers and not store.can_answer():
                 await self._room()
-            if kind == PUBLISH:
+            if kind == _PUBLISH:
                 if not self._on_publish():
                     await self._enqueue()
-            elif kind == SUBACK or kind == UNSUBACK:
+            elif kind == _SUBACK or kind == _UNSUBACK:
                 self._on_granted(kind)
-            elif kind == PINGRESP:
+            elif kind == _PINGRESP:
                 self._ping_at = None
-            elif kind == CONNACK:
+            elif kind == _CONNACK:
                 raise ProtocolError("a second CONNACK")
             elif not self._files or not self._files.on_ack(kind, decoder.packet_id):
                 on_ack(kind, decoder.packet_id)
@@ -1001,11 +815,10 @@ class Client:
         except MemoryError:
             self.store.session.busy.discard(decoder.packet_id)  # it has to come again
             raise
-        if qos:
-            self._begin(message)
-        else:
-            self._handling = message
-            self.received += 1
+        self._handling = message
+        self.received += 1
+        if qos == 2:
+            message.token = self.store.token(decoder.packet_id)
         try:
             result = handler(message)
             if result is not None and hasattr(result, "send"):  # for the dispatcher to await
@@ -1016,71 +829,66 @@ class Client:
                 self._handling = None
                 return True
         except (Exception, asyncio.CancelledError) as e:
-            self._handler_failed(e, "handler of " + topic)
+            self._handler_failed(e, topic)
         if qos:
             self._handled(message)
         self._handling = None
         return True
 
     async def _enqueue(self):
-        """Have the message that the decoder has wait for its turn."""
+        """Have the message that the decoder has wait for its turn, when the inbox, and its sink, has room for it.
+
+        Without room QoS 0 is discarded at once.  For the others reading stops, and so does the broker.  But a handler
+        that itself waits for the broker would then wait for ever: after answer_ms without a step of the dispatcher the
+        message is passed over, see _pass_over().
+        """
         decoder = self._decoder
         qos = decoder.flags >> 1 & 3
         packet_id = decoder.packet_id
         sink = self._files and self._files.sink()
         if decoder.payload is None and not sink:
             self.too_large += 1
-            self.log.add(WARNING, "too large: " + decoder.topic)
+            self.log.add(_WARNING, "too large: " + decoder.topic)
             if not qos:
                 return
         taken = False
         try:
-            if await self._has_room(qos, sink):
-                message = self._Message(decoder, self._epoch)
-                if sink:
-                    await sink.receive(message)
-                self._inbox.append(message)
-                self._inbox_bytes += len(message.payload or b"")
-                self._arrived.set()
-                taken = True
+            while len(self._inbox) >= _INBOX or self._inbox_bytes >= _INBOX_BYTES or (sink and sink.taken):
+                if not qos:
+                    self.discarded += 1
+                    return
+                if self._passed_over:
+                    break
+                self._accepted.clear()
+                self._blocked = True
+                self._wake.set()  # what has been answered until now is not to wait for that
+                try:
+                    await asyncio.wait_for_ms(self._accepted.wait(), self._answer_ms)
+                except asyncio.TimeoutError:
+                    self._pass_over("the handlers do not get on")
+                finally:
+                    self._blocked = False
+                    self._last_received = time.ticks_ms()
+            if qos and self._passed_over:
+                self.passed_over += 1
+                return
+            message = self._Message(decoder, self._epoch)
+            if sink:
+                await sink.receive(message)
+            self._inbox.append(message)
+            self._inbox_bytes += len(message.payload or b"")
+            self._arrived.set()
+            taken = True
         finally:
             if qos and not taken:
                 self.store.session.busy.discard(packet_id)  # it has to come again
-
-    async def _has_room(self, qos, sink):
-        """Wait until the inbox, and the sink, has room for a message of this QoS; False if it cannot be taken.
-
-        QoS 0 is discarded at once.  For the others reading stops, and so does the broker.  But a handler that itself
-        waits for the broker would then wait for ever: after answer_ms without a step of the dispatcher the message is
-        passed over, see _pass_over().
-        """
-        while len(self._inbox) >= _INBOX or self._inbox_bytes >= _INBOX_BYTES or (sink and sink.taken):
-            if not qos:
-                self.discarded += 1
-                return False
-            if self._passed_over:
-                break
-            self._accepted.clear()
-            self._blocked = True
-            self._wake.set()  # what has been answered until now is not to wait for that
-            try:
-                await asyncio.wait_for_ms(self._accepted.wait(), self._answer_ms)
-            except asyncio.TimeoutError:
-                self._pass_over("the handlers do not get on")
-            finally:
-                self._blocked = False
-                self._last_received = time.ticks_ms()
-        if qos and self._passed_over:
-            self.passed_over += 1
-            return False
-        return True
 
     def _pass_over(self, why):
         """From here on no message is taken.  The broker has them still, and sends them again, in order, over a new
         connection, which _pulse() makes when those taken are handled and have had their PUBRELs, or none comes."""
         if not self._passed_over:
             self._passed_over = True
-            self.log.add(WARNING, why + ": messages are passed over until the next connection")
+            self.log.add(_WARNING, why + ": messages are passed over until the next connection")
 
     async def _write(self):
         buf = self._send
@@ -1125,6 +933,7 @@ class Client:
     async def _pulse(self):
         """Keep-alive, and what is done when nothing else is: lazy records, erasing ahead."""
         keep_alive_ms = self._keep_alive_ms
+        answer_ms = self._answer_ms
         store = self.store
         stored = -1
         suspect = None
@@ -1141,13 +950,25 @@ class Client:
             if self._ping_at is not None and PINGREQ_BYTES in self._outbox:
                 self._ping_at = now  # it waits behind a large packet
             silent_ms = time.ticks_diff(now, self._last_received)
-            fault = self._fault(now, silent_ms)
+            fault = None
+            if self._address and self._link.address() != self._address:
+                fault = "the network's address is gone"
+            elif self._put_at is not None and time.ticks_diff(now, self._put_at) > answer_ms:
+                fault = "the broker takes nothing"
+            elif self._ping_at is not None:
+                # PINGRESP comes behind all that the broker has queued for us.
+                if time.ticks_diff(now, self._ping_at) > (answer_ms if silent_ms > answer_ms else 6 * answer_ms):
+                    fault = "the broker no longer answers"
             if fault and suspect:
                 raise OSError(errno.ETIMEDOUT, fault)
             suspect = fault  # not at once: the loop may have been blocked, with the answer there unread
             if self._ping_at is None and (
                 (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4)
-                or (silent_ms > self._answer_ms and self._is_owed())
+                # What the broker has something to answer to.
+                or (
+                    silent_ms > answer_ms
+                    and (store.waiting() or self._requests or (self._files and self._files.upload))
+                )
             ):
                 # The second case: a link that swallows everything is noticed long before the keep-alive is over.
                 self._ping_at = now
@@ -1162,24 +983,6 @@ class Client:
                 store.journal.idle()
             stored = store.stored
 
-    def _fault(self, now, silent_ms):
-        """Return what speaks for a connection that is dead, None if nothing does."""
-        answer_ms = self._answer_ms
-        if self._address and self._link.address() != self._address:
-            return "the network's address is gone"
-        if self._put_at is not None and time.ticks_diff(now, self._put_at) > answer_ms:
-            return "the broker takes nothing"
-        # PINGRESP comes behind all that the broker has queued for us.
-        if silent_ms <= answer_ms:
-            answer_ms *= 6
-        if self._ping_at is not None and time.ticks_diff(now, self._ping_at) > answer_ms:
-            return "the broker no longer answers"
-        return None
-
-    def _is_owed(self):
-        """Whether the broker has something to answer."""
-        return self.store.waiting() or self._requests or (self._files and self._files.upload)
-
     async def _age(self):
         """Record the messages that the broker has not acknowledged within their grace."""
         young = self._young
@@ -1190,29 +993,37 @@ class Client:
                 continue
             left_ms = self._grace_ms - time.ticks_diff(time.ticks_ms(), young[0][1])
             if left_ms <= 0:
-                try:
-                    self._settle()
-                except JournalFull as e:  # the broker makes room
-                    self._failed(e)
-                    left_ms = self._pulse_ms
-            if left_ms > 0:
-                await asyncio.sleep_ms(left_ms)
+                self._settle()
+                if not young:
+                    continue
+                left_ms = self._pulse_ms  # the broker makes room
+            await asyncio.sleep_ms(left_ms)
 
     # -- SUBSCRIBE and UNSUBSCRIBE: sent when connected, and again after every reconnection until answered
 
     async def _request(self, topic_filter, options):
         """Ask the broker; return the code of its SUBACK, None for an UNSUBACK.  options: None to unsubscribe."""
-        request = None
-        for known in self._requests:
-            if known.filter == topic_filter:
-                request = known
+        request = self._asked(topic_filter)
         if request is None or request.options != options:  # else the last thing asked is this already
-            request = _Request(topic_filter, options)
-            self._requests.append(request)
+            request = self._ask(topic_filter, options)
             if self.connected:
                 self._submit(request)
-        await request.event.wait()
+        await request.wait()
         return request.result
+
+    def _asked(self, topic_filter):
+        """Return the last request for topic_filter that is not answered, None if there is none."""
+        for request in reversed(self._requests):
+            if request.filter == topic_filter:
+                return request
+        return None
+
+    def _ask(self, topic_filter, options):
+        request = Waiter()
+        request.filter = topic_filter
+        request.options = options
+        self._requests.append(request)
+        return request
 
     def _submit(self, request):
         packet_id = request.packet_id = self.store.session.request_id()
@@ -1226,41 +1037,41 @@ class Client:
         self.store.session.requests.clear()
         if self._files:
             self._files.connected()
-        asked = [request.filter for request in self._requests]
         for topic_filter, options in self._wanted.items():
-            if topic_filter not in asked and self.store.granted(topic_filter, options) is None:
-                self._requests.append(_Request(topic_filter, options))
-        for request in self._requests:
-            request.packet_id = 0
+            if self._asked(topic_filter) is None and self.store.granted(topic_filter, options) is None:
+                self._ask(topic_filter, options)
         for request in self._requests:
             self._submit(request)
 
     def _on_granted(self, kind):
         """A SUBACK or UNSUBACK came (MQTT 3.1.1 sections 3.9, 3.11)."""
-        packet_id = self._decoder.packet_id
+        decoder = self._decoder
+        packet_id = decoder.packet_id
+        store = self.store
         for request in self._requests:
             if request.packet_id == packet_id:
                 break
         else:
-            self.store.session.unknown += 1
+            store.session.unknown += 1
             return
-        if (kind == UNSUBACK) != (request.options is None):
+        options = request.options
+        if (kind == _UNSUBACK) != (options is None):
             raise ProtocolError("packet type %d for request %d" % (kind, packet_id))
-        if kind == SUBACK:
-            if len(self._decoder.payload) != 1:  # [MQTT-3.8.4-5]
-                raise ProtocolError("SUBACK with %d return codes" % len(self._decoder.payload))
-            request.result = self._decoder.payload[0]
-            if request.result > 2:
-                self.last_error = self._refused(request.filter, request.result)
-                self.log.add(ERROR, "subscription", self.last_error)
-            elif self._wanted.get(request.filter) == request.options:
+        if kind == _SUBACK:
+            if len(decoder.payload) != 1:  # [MQTT-3.8.4-5]
+                raise ProtocolError("SUBACK with %d return codes" % len(decoder.payload))
+            request.result = code = decoder.payload[0]
+            if code > 2:
+                self.last_error = self._refused(request.filter, code)
+                self.log.add(_ERROR, "subscription", self.last_error)
+            elif self._wanted.get(request.filter) == options:
                 try:
-                    self.store.subscribed(request.filter, request.options, request.result)
+                    store.subscribed(request.filter, options, code)
                 except JournalFull:
                     pass  # only asked for again on the next connection
         self._requests.remove(request)
-        self.store.session.requests.discard(packet_id)
-        request.event.set()
+        store.session.requests.discard(packet_id)
+        request.set()
         for request in self._requests:
             if not request.packet_id:
                 self._submit(request)
@@ -1276,15 +1087,15 @@ class Client:
 
     def _on_finished(self, packet_id, delivered):
         if self._young:
-            for i, young in enumerate(self._young):
+            for young in self._young:
                 if young[0] == packet_id:
-                    del self._young[i]
+                    self._young.remove(young)
                     break
         if self._waiters:
             waiter = self._waiters.pop(packet_id, None)
             if waiter is not None:
                 waiter.result = delivered
-                waiter.event.set()
+                waiter.set()
         self._progress.set()
         if not (self._waiters or self._young):
             self.store.finished = None  # nobody wants to know
@@ -1303,8 +1114,10 @@ class Client:
             self._handling = message
             if message.payload is not None or message._sink:
                 if message._coroutine is None:
-                    self._begin(message)
-                where = "handler of " + message.topic
+                    self.received += 1
+                    if message._flags & 4:
+                        message.token = store.token(message._id & 0xFFFF)
+                topic = message.topic
                 try:
                     await self._deliver(message)
                 except asyncio.CancelledError as e:
@@ -1312,22 +1125,15 @@ class Client:
                     # the handler has waited for.
                     if self._leaving or getattr(asyncio.current_task(), "cancelling", int)():
                         raise
-                    self._handler_failed(e, where)
+                    self._handler_failed(e, topic)
                 except Exception as e:
-                    self._handler_failed(e, where)
-            while message.qos and self.connected and not store.can_answer():
+                    self._handler_failed(e, topic)
+            while message._flags & 6 and self.connected and not store.can_answer():
                 await self._room()
-            if message.qos:
+            if message._flags & 6:
                 self._handled(message)
                 self._wake.set()
             self._handling = None
-
-    def _begin(self, message):
-        """The program gets a message."""
-        self._handling = message
-        self.received += 1
-        if message._flags & 4:
-            message.token = self.store.token(message._id & 0xFFFF)
 
     def _handled(self, message):
         """The program is done with a message of QoS 1 or 2: acknowledge it."""
@@ -1362,29 +1168,27 @@ class Client:
             self._arrived.clear()
             await self._arrived.wait()
 
-    def _handler_failed(self, error, where):
+    def _handler_failed(self, error, topic):
         self.handler_errors += 1
-        self.log.add(ERROR, where, error, True)
+        self.log.add(_ERROR, "handler of " + topic, error, True)
 
 
-async def _given(packet_id):
+async def given(packet_id, error=None):
+    """Return packet_id, or raise error."""
+    if error is not None:
+        raise error
     return packet_id
-
-
-async def failed(error):
-    """Return a coroutine that raises error."""
-    raise error
 
 
 def as_bytes(payload):
     """Return payload as bytes or bytearray, text as UTF-8.  ValueError for what is neither text nor bytes-like."""
     if isinstance(payload, str):
         return payload.encode()
-    if isinstance(payload, (bytes, bytearray)):
-        return payload
     if isinstance(payload, memoryview):
         return bytes(payload)  # its items may be larger than a byte
-    raise ValueError("payload: expected text or bytes")
+    if not isinstance(payload, (bytes, bytearray)):
+        raise ValueError("payload: expected text or bytes")
+    return payload
 
 
 class _Messages:
@@ -1395,13 +1199,11 @@ class _Messages:
     """
 
     def __init__(self, client):
-        self._client = client
-        self._ready = Event()
-        self._done = Event()
-        self._message = None
+        self.client = client
+        self.changed = Event()  # a message is there, or is no more
+        self._handling = None
         self._seen = False  # the program has it
         self.begun = False
-        self.ended = False
 
     def __aiter__(self):
         return self
@@ -1409,47 +1211,36 @@ class _Messages:
     async def __anext__(self):
         if self._seen:
             self._seen = False
-            self._message = None
-            self._done.set()
+            self._handling = None
+            self.changed.set()
         self.begun = True
-        self._client._arrived.set()
-        while self._message is None:
-            if self.ended:
+        self.client._arrived.set()
+        while self._handling is None:
+            if self.client._leaving:
                 raise StopAsyncIteration
-            self._ready.clear()
-            await self._ready.wait()
+            self.changed.clear()
+            await self.changed.wait()
         self._seen = True
-        return self._message
+        return self._handling
 
     async def give(self, message):
-        self._done.clear()
-        self._message = message
-        self._ready.set()
+        self._handling = message
+        self.changed.set()
         try:
-            await self._done.wait()
+            while self._handling is message:
+                self.changed.clear()
+                await self.changed.wait()
         finally:
-            self._message = None
+            self._handling = None
             self._seen = False
 
-    def end(self):
-        self.ended = True
-        self._ready.set()
 
+class Waiter(Event):
+    """For who waits for one result: set when .result is there.  For one of SUBSCRIBE or UNSUBSCRIBE, which has .filter
+    and .options, .packet_id is 0 until it is sent."""
 
-class Waiter:
-    """For who waits for one result.  .event is set when .result is there."""
-
-    def __init__(self):
-        self.event = Event()
-        self.result = None
-
-
-class _Request(Waiter):
-    def __init__(self, topic_filter, options):
-        super().__init__()
-        self.filter = topic_filter
-        self.options = options
-        self.packet_id = 0
+    result = None
+    packet_id = 0
 
 
 def _some(n):
@@ -1459,10 +1250,10 @@ def _some(n):
     return n or 0
 
 
-async def _within(limit_ms, awaitable):
-    """Wait for awaitable, but no longer than that."""
+async def _within(ms, aw):
+    """Wait for an awaitable, but no longer than that."""
     try:
-        await asyncio.wait_for_ms(awaitable, limit_ms)
+        await asyncio.wait_for_ms(aw, ms)
     except asyncio.TimeoutError:
         pass
 

@@ -11,7 +11,7 @@ from os import urandom
 from micropython import const
 
 from . import packet5
-from .client import Client, Message, Waiter, as_bytes, failed
+from .client import Client, Message, Waiter, as_bytes, given
 from .errors import ProtocolError
 from .log import ERROR
 from .packet import PUBACK, PUBLISH, UNSUBACK, check_topic, utf8
@@ -68,9 +68,9 @@ class Client5(Client):
 
     _version = 5
     _Message = Message5
-    _files = _stream = None  # while _set_up() is not followed by the rest
 
     def _set_up(self, config, limit_bytes, properties, authenticate):
+        """Begin, as opening.make() has it; return the decoder."""
         properties = dict(properties or ())
         for name in properties:
             if name in _OURS:
@@ -230,7 +230,7 @@ class Client5(Client):
             elif self.connected:
                 self._check_size(len(encode(properties, PUBLISH)) + len(payload) + len(check_topic(topic)) + 4)
         except Exception as e:
-            return failed(e)
+            return given(None, e)
         return super().publish(topic, payload, qos, retain, mark, properties)
 
     def _check_size(self, length):
@@ -335,7 +335,7 @@ class Client5(Client):
         properties["response_topic"] = self._answers_to
         properties["correlation_data"] = key
         await self.publish(topic, payload, qos, properties=properties)
-        await call.event.wait()
+        await call.wait()
 
     async def reply(self, message, payload, qos=1, properties=None):
         """Answer a request; return what publish() does.  Raises ValueError, too, if it asks for no answer."""
@@ -361,7 +361,7 @@ class Client5(Client):
             self._outbox.append(self._encode_auth(0x19, None))
             self._wake.set()
         waiter = self._authenticating
-        await waiter.event.wait()
+        await waiter.wait()
         if not waiter.result:
             raise OSError(errno.ECONNRESET, "the connection was lost")
 
@@ -384,9 +384,6 @@ class Client5(Client):
             found[name] = getattr(self.store, name)
         return found
 
-    def _store_with(self, properties, *message):
-        return self.store.publish(*message, properties)
-
     # -- what comes
 
     def _on_publish(self):
@@ -403,7 +400,7 @@ class Client5(Client):
         call = self._calls.get(message.properties.get("correlation_data"))
         if call is not None:
             call.result = message
-            call.event.set()
+            call.set()
 
     def _on_other(self, kind, packet_id):
         decoder = self._decoder
@@ -426,7 +423,7 @@ class Client5(Client):
         if waiter is not None:
             self._authenticating = None
             waiter.result = result
-            waiter.event.set()
+            waiter.set()
 
     def _on_granted(self, kind):
         if kind == UNSUBACK:
@@ -452,7 +449,7 @@ class Client5(Client):
             self.log.add(ERROR, "subscription", self.last_error)
             self._requests = [other for other in self._requests if other is not request]
             request.result = code
-            request.event.set()
+            request.set()
         else:
             super()._submit(request)
 

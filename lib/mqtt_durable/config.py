@@ -11,8 +11,8 @@ of a key or section it does not know, which may be a misplaced one.
 
 import json
 
-from . import board_id
 from .errors import ConfigError
+from .once import once
 from .packet import check_filter, check_topic
 
 # Rows of (key, default, kind, lower limit, upper limit).  A default of ...: there is none.  A value may be null when
@@ -219,8 +219,10 @@ def _check_together(config, problems):
             problems.append("telemetry.qos: found 0, expected 1 or 2, because sleep is set and QoS 0 waits for no link")
     name = config["client_id"]
     if name == "auto":
-        if board_id.unique_id() is None:
-            problems.append(board_id.NOT_AUTO)
+        try:
+            once("board_id", "client_id", config)
+        except ConfigError as error:
+            problems += error.problems
     elif not name:
         _check_without_name(config, problems)
     elif "+" in name or "#" in name:

@@ -26,21 +26,10 @@ class ConnectRefused(MQTTError):
     happened.
     """
 
-    def __init__(self, return_code, told=None):
+    def __init__(self, return_code, told):
+        super().__init__(told)
         self.return_code = return_code
         self.lasting = return_code != 3
-        super().__init__(
-            told
-            or "broker refused the connection: "
-            + {
-                1: "it does not speak MQTT 3.1.1",
-                2: "it does not accept the client_id",
-                3: "it is unavailable",
-                4: "bad user name or password",
-                5: "not authorised",
-            }.get(return_code, "return code %d" % return_code)
-            + ("" if return_code == 3 else "; it is only asked again at the longest pause")
-        )
 
 
 class TLSError(MQTTError):

@@ -177,7 +177,7 @@ class Sink:
                         self._fail(message, e)
                 if not decoder.left:
                     break
-                await client._receive(client._stream)
+                await client._receive()
                 piece = decoder.piece()
             complete = message.error is None
         finally:

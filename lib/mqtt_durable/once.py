@@ -8,7 +8,7 @@ import gc
 import sys
 
 
-def once(where, what, *arguments):
+def once(where, what, *arguments, **more):
     """Return what a function of a module of this package returns; raises what it raises.
 
     where: the module, below the package.  what: the function.  A module that was loaded before stays loaded.
@@ -17,7 +17,7 @@ def once(where, what, *arguments):
     stays = name in sys.modules
     module = __import__(name, None, None, (what,))
     try:
-        return getattr(module, what)(*arguments)
+        return getattr(module, what)(*arguments, **more)
     finally:
         if not stays:
             module = None

@@ -1,4 +1,5 @@
-"""The reason codes of MQTT 5 as text, and the errors that carry one.  Loaded by version 5 only."""
+"""The reason codes of MQTT 5 as text, and the errors that carry one.  Loaded by version 5, and by MQTT 3.1.1 for the
+words of a refusal only, see once.py."""
 
 from .errors import ConnectRefused, MQTTError, SubscribeRefused
 
@@ -34,6 +35,18 @@ def text(reason_code):
         names = _BAD.split(";")
         name = names[reason_code - 0x80] if reason_code - 0x80 < len(names) else None
     return "0x%02x %s" % (reason_code, name or "unknown reason")
+
+
+def refused(return_code):
+    """Return what CONNACK's return code means in MQTT 3.1.1 (section 3.2.2.3), and what follows from it."""
+    told = "return code %d" % return_code
+    if 1 <= return_code <= 5:
+        told = (
+            "it does not speak MQTT 3.1.1;it does not accept the client_id;it is unavailable;"
+            "bad user name or password;not authorised"
+        ).split(";")[return_code - 1]
+    told = "broker refused the connection: " + told
+    return told if return_code == 3 else told + "; it is only asked again at the longest pause"
 
 
 # What only a person can mend, or would only come again: the next attempt is at the longest pause at once.  Not

@@ -30,7 +30,14 @@ class Addresses:
         """
         if not self._untried:
             try:
-                self._infos = self._look_up()
+                infos = []
+                for info in socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM):
+                    # What an ESP32 may give in place of an error.  (The unix port's address is no text.)
+                    if info[4][0] != "0.0.0.0" and len(infos) < _MOST:
+                        infos.append(info)
+                if not infos:
+                    raise OSError(-2, "no address for " + self._host)
+                self._infos = infos
                 self._at = 0
             except OSError:
                 if not self._infos:
@@ -45,18 +52,11 @@ class Addresses:
         self._at -= 1
         self._untried = len(self._infos)
 
-    def _look_up(self):
-        # 0.0.0.0 is what an ESP32 may give in place of an error.  (The unix port's address is no text.)
-        infos = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)
-        infos = [info for info in infos if info[4][0] != "0.0.0.0"]
-        if not infos:
-            raise OSError(-2, "no address for " + self._host)
-        return infos[:_MOST]
-
 
 def dial(info, tls=None):
-    """Begin a connection and return its Stream, for hang_up(); whether it succeeds shows at the first write or read.
+    """Begin a connection and return its Stream; whether it succeeds shows at the first write or read.
 
+    Both .s and .sock of it are to be closed: Stream.close() does nothing in MicroPython.
     info: from Addresses.next().  tls: a tls.TLS.  Raises OSError, TLSError.
     """
     if tls is not None:
@@ -67,7 +67,11 @@ def dial(info, tls=None):
     try:
         try:
             sock.setblocking(False)
-            at_once(sock)
+            try:
+                # The second of two small writes is not to wait until the other side has acknowledged the first (Nagle).
+                sock.setsockopt(6, 1, 1)  # IPPROTO_TCP, TCP_NODELAY, which have no names on the boards
+            except OSError:
+                pass  # firmware before 1.24
             sock.connect(address)
         except OSError as e:
             if e.errno not in (EINPROGRESS, EAGAIN) and e.errno not in _OLD_ESP32:
@@ -78,17 +82,3 @@ def dial(info, tls=None):
         if stream is None:
             sock.close()
     return stream
-
-
-def at_once(sock):
-    """Have the second of two small writes not wait until the other side has acknowledged the first (Nagle)."""
-    try:
-        sock.setsockopt(6, 1, 1)  # IPPROTO_TCP, TCP_NODELAY, which have no names on the boards
-    except OSError:
-        pass  # firmware before 1.24
-
-
-def hang_up(stream):
-    """End the connection.  MicroPython's Stream.close() does nothing."""
-    stream.s.close()
-    stream.sock.close()  # a TLS socket whose handshake has failed leaves it open (modtls_mbedtls.c)

@@ -66,7 +66,7 @@ def kept(function):
 
 def test_a_configuration_does_not_keep_its_checks():
     used, there = kept(lambda: load_config(str(ROOT / "firmware" / "config.example.json")))
-    assert used == {"mqtt_durable.config"} and not there
+    assert used == {"mqtt_durable.config", "mqtt_durable.board_id"} and not there
 
 
 def test_no_home_keeps_what_has_opened_it(tmp_path):
