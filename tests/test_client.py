@@ -1080,7 +1080,7 @@ def test_handler_may_publish_at_every_qos_while_window_and_journal_are_full():
         assert not task.done()
         for n in range(1, 4):
             await rig.broker.publish("in", b"%d" % n, n % 3, n)
-        await until(lambda: len(full) > 1 and client._handling)
+        await until(lambda: len(full) > 1 and client._handling and len(client._inbox) == 2)
         assert not done
         await rig.broker.drop()
         await until(lambda: len(done) == 3)
