@@ -18,9 +18,11 @@ from .packet import Decoder
 from .store import identity
 from .transport import Addresses
 
-_SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
+# As in client.py.
+_SEND_BYTES = const(768)
+_INBOX = const(16)
+
 _RECEIVE_BYTES = const(768)
-_INBOX = const(16)  # messages received that wait for their handler
 _RAM_BYTES = const(32768)  # of a journal that lost its home
 
 

@@ -6,8 +6,6 @@ from errno import EAGAIN, EINPROGRESS
 
 from micropython import const
 
-# "In progress" of ESP32 firmware that does not translate lwIP's numbers (micropython-esp32#166).
-_OLD_ESP32 = (118, 119)
 _MOST = const(8)  # addresses kept; the boards' look-up gives one
 
 
@@ -74,7 +72,8 @@ def dial(info, tls=None):
                 pass  # firmware before 1.24
             sock.connect(address)
         except OSError as e:
-            if e.errno not in (EINPROGRESS, EAGAIN) and e.errno not in _OLD_ESP32:
+            # 118, 119: of ESP32 firmware that does not translate lwIP's numbers (micropython-esp32#166).
+            if e.errno not in (EINPROGRESS, EAGAIN, 118, 119):
                 raise
         stream = Stream(sock if tls is None else tls.wrap(sock))
         stream.sock = sock
