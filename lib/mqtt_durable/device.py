@@ -185,22 +185,23 @@ class Device:
     async def supervise(self, start):
         """Run start() until it returns (its result, or ENDED) or has crashed too often (CRASHED)."""
         crashes = 0
+        log = self.client.log
         while True:
             began_s = self.uptime_s()
             try:
-                self.client.log.add(INFO, "the application begins")
+                log.add(INFO, "the application begins")
                 why = await start() or ENDED
-                self.client.log.add(INFO, why)
+                log.add(INFO, why)
                 return why
             except Exception as error:
-                self.client.log.add(ERROR, "application", error)
+                log.add(ERROR, "application", error)
                 sys.print_exception(error)
             gc.collect()
             if (self.uptime_s() - began_s) * 1000 >= _SHORT_LIFE_MS:
                 crashes = 0
             crashes += 1
             if crashes >= _CRASHES:
-                self.client.log.add(ERROR, CRASHED)
+                log.add(ERROR, CRASHED)
                 return CRASHED
             await self.sleep_ms(min(_FIRST_PAUSE_MS << (crashes - 1), _LONGEST_PAUSE_MS))
 
