@@ -454,7 +454,7 @@ class Journal:
                         write(sector, page1, off - begin)
                     else:
                         write(sector, page[begin:end], off)
-                    page[begin:end] = page2[begin:end]
+                    page1[:] = page2
                 else:
                     write(sector, page1 if whole else page[begin:_PAGE], off - begin if whole else off)
                     end -= _PAGE
