@@ -25,6 +25,7 @@ DISCONNECT_BYTES = b"\xe0\x00"
 _PUBACK = const(0x40)
 _KNOWN = const(8)  # topic names that need not be checked again
 _SHORT = const(96)  # bytes of the longest of these
+len = len  # MicroPython finds it sooner here than behind all the other built-in names
 _checked = {}  # such a name, as it was given -> its UTF-8 bytes
 
 # Remaining length and flags a packet of this type must have when it comes from a server; -1: checked by its parser.
@@ -246,9 +247,10 @@ def encode_unsubscribe(packet_id, topic_filter):
 class Decoder:
     """Cuts the stream from a broker into packets, in one buffer that is used again and again.
 
-    Read from the socket into space(), tell fed(n), then call next() until it returns 0.  What next() leaves in the
-    fields below is valid until the next call of space() or next().  After a 0, .missing is how many bytes
-    the packet lacks at least: who reads no more than that leaves the next packet in the socket.
+    Read from the socket into space(), tell fed(n), then call next() until it returns 0.  Bytes .start to .end of the
+    buffer are those that it has not taken yet.  What next() leaves in the fields below is valid until the next call of
+    space() or next().  After a 0, .missing is how many bytes the packet lacks at least: who reads no more than that
+    leaves the next packet in the socket.
 
     size: bytes of the buffer, at least 8.  limit: the largest packet taken whole, in bytes; the buffer grows to such
     a packet and shrinks again.  A larger PUBLISH is announced with .payload None and .left bytes of payload to come:
@@ -259,19 +261,24 @@ class Decoder:
     def __init__(self, size=512, limit=4096):
         self._size = size
         self._limit = limit
+        # Bound once: that saves the search for a method.
+        self.space = self.space
+        self.fed = self.fed
+        self.next = self.next
+        self._publish_head = self._publish_head
         self.reset()
 
     def reset(self):
         """Forget all bytes: a new connection begins."""
         self._buf = memoryview(bytearray(self._size))
-        self._start = self._end = 0
+        self.start = self.end = 0
         self.left = 0
         self.missing = 2
         self.type = 0  # packet type, 2-13
         self.flags = 0  # low nibble of the first byte; no property beside it: one slows every attribute down
         self.packet_id = 0
         self.topic = ""
-        self._name = b""  # its bytes
+        self.name = b""  # its bytes, in MQTT 3.1.1
         self.payload = None  # memoryview into the buffer (PUBLISH; SUBACK: the return codes)
         self.session_present = False
         self.return_code = 0
@@ -279,25 +286,26 @@ class Decoder:
     def space(self):
         """The free part of the buffer, at least one byte, to be read into."""
         buf = self._buf
-        if self._start == self._end:
-            self._start = self._end = 0
+        if self.start == self.end:
+            self.start = self.end = 0
             if len(buf) > self._size:  # grown for one large packet
                 buf = self._buf = memoryview(bytearray(self._size))
-        elif self._end == len(buf):
-            n = self._end - self._start
-            buf[:n] = bytes(buf[self._start : self._end])
-            self._start = 0
-            self._end = n
-        return buf[self._end :]
+            return buf
+        if self.end == len(buf):
+            n = self.end - self.start
+            buf[:n] = bytes(buf[self.start : self.end])
+            self.start = 0
+            self.end = n
+        return buf[self.end :]
 
     def fed(self, n):
         """n bytes have been read into space()."""
-        self._end += n
+        self.end += n
 
     def piece(self):
         """Take what is here of the payload of a PUBLISH announced with .payload None; .left says what is to come."""
-        at = self._start
-        self._start = stop = min(at + self.left, self._end)
+        at = self.start
+        self.start = stop = min(at + self.left, self.end)
         self.left -= stop - at
         return self._buf[at:stop]
 
@@ -306,26 +314,46 @@ class Decoder:
 
         Raises ProtocolError for what no MQTT 3.1.1 server may send; the connection is then of no more use.
         """
+        # What most packets are, in a frame of 11 words: MicroPython takes a larger one from the heap.
+        at = self.start
+        stop = self.end
+        if stop - at > 3 and not self.left:
+            buf = self._buf
+            first = buf[at]
+            n = buf[at + 1]
+            at += 2
+            if first == _PUBACK:
+                if n == 2:
+                    n = buf[at] << 8 | buf[at + 1]
+                    if n:
+                        self.start = at + 2
+                        self.flags = 0
+                        self.packet_id = n
+                        self.type = PUBACK
+                        return PUBACK
+            elif first >> 4 == PUBLISH and n < 128 and at + n <= stop and n + 2 <= self._limit:
+                stop = at + n
+                self.start = stop
+                self.type = PUBLISH
+                self.flags = first & 15
+                self.payload = buf[self._publish_head(at, stop) : stop]
+                return PUBLISH
+        return self._any()
+
+    def _any(self):
+        """next() of whatever it is."""
         buf = self._buf
         if self.left:
             self.piece()
             if self.left:
                 self.missing = self.left
                 return 0
-        at = self._start
-        end = self._end
+        at = self.start
+        end = self.end
         if end - at < 2:
             self.missing = 2 - (end - at)
             return 0
         first = buf[at]
-        if first == _PUBACK and buf[at + 1] == 2 and end - at >= 4:
-            packet_id = buf[at + 2] << 8 | buf[at + 3]
-            if packet_id:  # the usual case: what most packets are to who publishes
-                self._start = at + 4
-                self.flags = 0
-                self.packet_id = packet_id
-                self.type = PUBACK
-                return PUBACK
         kind = first >> 4
         if kind != PUBLISH and first & 15 != (2 if kind == PUBREL else 0):  # [MQTT-2.2.2-2]
             raise ProtocolError("flags %d in packet type %d" % (first & 15, kind))
@@ -361,11 +389,11 @@ class Decoder:
                 grown = memoryview(bytearray(total))
                 grown[: end - at] = buf[at:end]
                 self._buf = grown
-                self._start = 0
-                self._end = end - at
+                self.start = 0
+                self.end = end - at
             return 0
         stop = i + length
-        self._start = stop
+        self.start = stop
         self.type = kind
         self.flags = first & 15
         if kind == PUBLISH:
@@ -392,6 +420,7 @@ class Decoder:
 
     def _publish_head(self, i, stop):
         """Parse topic name and packet identifier at i; return the offset of the payload."""
+        # In a frame of 11 words, too.
         buf = self._buf
         if i + 2 > stop:
             raise ProtocolError("PUBLISH without a topic name")
@@ -401,18 +430,10 @@ class Decoder:
             raise ProtocolError("PUBLISH with QoS 3")  # [MQTT-3.3.1-4]
         if self.flags & 14 == 8:
             raise ProtocolError("PUBLISH with DUP and QoS 0")  # [MQTT-3.3.1-2]
-        head = n + (2 if self.flags & 6 else 0)
-        if not n or i + head > stop:
+        if not n or i + n + (2 if self.flags & 6 else 0) > stop:
             raise ProtocolError("PUBLISH with a topic name of %d bytes" % n)
-        name = buf[i : i + n]
-        if name != self._name:  # else it is that of the message before
-            try:
-                self.topic = utf8(name)
-            except ValueError as e:
-                raise ProtocolError("PUBLISH topic name: %s" % e)
-            if "+" in self.topic or "#" in self.topic:
-                raise ProtocolError("PUBLISH with a wildcard in its topic name")
-            self._name = bytes(name)
+        if buf[i : i + n] != self.name:  # else it is that of the message before
+            self._new_name(buf[i : i + n])
         i += n
         self.packet_id = 0
         if self.flags & 6:
@@ -422,22 +443,31 @@ class Decoder:
             i += 2
         return i
 
+    def _new_name(self, name):
+        try:
+            self.topic = utf8(name)
+        except ValueError as e:
+            raise ProtocolError("PUBLISH topic name: %s" % e)
+        if "+" in self.topic or "#" in self.topic:
+            raise ProtocolError("PUBLISH with a wildcard in its topic name")
+        self.name = bytes(name)
+
     def _oversize(self, first, i, length):
         """A packet over the limit: a PUBLISH is announced as soon as its head is here.  In MQTT 5 all come here."""
         if first >> 4 != PUBLISH:
             raise ProtocolError("packet type %d of %d bytes" % (first >> 4, length))
         self.flags = first & 15
-        self.missing = 2 - (self._end - i)
+        self.missing = 2 - (self.end - i)
         if self.missing > 0:
             return 0
         head = 2 + (self._buf[i] << 8 | self._buf[i + 1]) + 2
-        if i - self._start + head > min(self._limit, self._size):
+        if i - self.start + head > min(self._limit, self._size):
             raise ProtocolError("PUBLISH with a head of %d bytes" % head)
-        self.missing = min(head, length) - (self._end - i)
+        self.missing = min(head, length) - (self.end - i)
         if self.missing > 0:
             return 0
         stop = i + length
-        self._start = i = self._publish_head(i, stop)
+        self.start = i = self._publish_head(i, stop)
         self.left = stop - i
         self.type = PUBLISH
         self.payload = None

@@ -256,8 +256,8 @@ class Decoder5(packet.Decoder):
         kind = first >> 4
         if kind != _PUBLISH and kind != _PINGRESP and kind not in _REASONS:
             raise Violation(0x82, "packet type %d from a server" % kind)
-        at = self._start
-        have = self._end - i
+        at = self.start
+        have = self.end - i
         # The last byte of a remaining length that is longer than needed is 0, of no length at all behind 0x80.
         if not self._buf[i - 1] and (length or self._buf[i - 2] == 128):
             raise Violation(0x81, "remaining length longer than needed")  # [MQTT-1.5.5-1]
@@ -271,10 +271,10 @@ class Decoder5(packet.Decoder):
         if have < need:
             if i - at + need > len(self._buf):
                 grown = memoryview(bytearray(total))
-                grown[: self._end - at] = self._buf[at : self._end]
+                grown[: self.end - at] = self._buf[at : self.end]
                 self._buf = grown
-                self._start = 0
-                self._end -= at
+                self.start = 0
+                self.end -= at
             return 0
         stop = i + length
         self.type = kind
@@ -283,13 +283,13 @@ class Decoder5(packet.Decoder):
             at = self._publish_head(i, stop)
             if total > self._most:
                 self.payload = None
-                self._start = at
+                self.start = at
                 self.left = stop - at
                 return kind
             self.payload = self._buf[at:stop]
         else:
             self._parse(kind, i, stop)
-        self._start = stop
+        self.start = stop
         return kind
 
     def _head(self, i, have, qos):
