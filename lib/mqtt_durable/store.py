@@ -37,6 +37,7 @@ _UNSAID = const(63)
 _NOWHERE = const(0xFFFFFFFF)
 _IDS = const(65023)  # as in session
 _LEAP = const(16)  # more than messages can be handled and not yet recorded
+len = len  # MicroPython finds it sooner here than behind all the other built-in names
 _NOTHING = {}
 
 
@@ -74,6 +75,8 @@ class Store(Recall):
         self.fill = self.fill
         self.on_publish = self.on_publish
         self.handled = self.handled
+        self.is_live = self.is_live
+        self.due = self.due
         self._forget()
 
     def _forget(self):
@@ -319,7 +322,8 @@ class Store(Recall):
 
     def is_live(self, packet_id):
         """Whether the message with this packet identifier still waits for its end."""
-        return packet_id in self.session.out or self._is_queued(packet_id)
+        session = self.session
+        return packet_id in session.out or self._taken != session.newest and self._is_queued(packet_id)
 
     def waiting(self):
         """How many messages wait for their end."""
