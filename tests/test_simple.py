@@ -359,6 +359,28 @@ def test_check_msg_never_waits_and_a_packet_in_pieces_is_taken_up_again():
     play(scenario)
 
 
+def test_answers_to_pings_that_nobody_waits_for_take_nothing_from_what_is_behind_them():
+    def scenario(rig):
+        c = rig.connected()
+        pong = b"\xd0\x00"
+        one = publish("t", b"a", 1, 7)
+        rig.broker.say(pong + one + pong + pong + one[:3])
+        assert c.check_msg() == 0x32
+        for _ in range(2):
+            assert c.check_msg() is None
+        rig.broker.say(one[3:] + pong + publish("t", b"b"))
+        assert c.check_msg() == 0x32
+        assert c.wait_msg() == 0x30
+        assert [msg for _, msg in rig.got] == [b"a", b"a", b"b"] and not rig.broker.link.waiting
+        for _ in range(2):
+            c.ping()
+        rig.broker.say(pong + one)
+        assert (c.wait_msg(), c.wait_msg()) == (None, 0x32)
+        assert rig.broker.connections == 1
+
+    play(scenario)
+
+
 # -- what umqtt.simple gets wrong
 
 
@@ -814,6 +836,38 @@ def test_a_broker_that_finishes_none_of_its_messages_is_not_connected_to_again_a
         assert rig.broker.connections == 1 and rig.payloads() == [b"x"]
 
     play(scenario, ((1, "PUBREC", 0, "ignored"),))
+
+
+def test_a_callback_that_takes_itself_away_has_had_its_message():
+    for qos in (1, 2):
+
+        def scenario(rig):
+            c = rig.connected()
+            c.set_callback(lambda topic, msg: c.set_callback(None))
+            rig.broker.say(publish("t", b"a", qos, 7))
+            c.wait_msg()
+            assert len(rig.broker.named("PUBACK" if qos == 1 else "PUBREC")) == 1
+
+        play(scenario)
+
+
+def test_what_a_callback_raises_after_the_link_was_lost_in_it_and_made_again_leaves_the_new_link_alone():
+    def scenario(rig):
+        c = rig.connected()
+
+        def callback(topic, msg):
+            rig.broker.cut()
+            c.publish(b"in", b"inner", qos=1)  # finds it out, and connects again
+            raise OSError(5)
+
+        c.set_callback(callback)
+        rig.broker.say(publish("t", b"a", 1, 7))
+        assert raises(OSError, c.wait_msg).args == (5,)
+        assert rig.broker.connections == 2 and rig.payloads() == [b"inner"]
+        c.publish(b"in", b"outer", qos=1)
+        assert rig.broker.connections == 2 and rig.payloads() == [b"inner", b"outer"]
+
+    play(scenario)
 
 
 def test_without_a_callback_a_message_is_kept_by_the_broker():

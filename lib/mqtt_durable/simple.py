@@ -20,21 +20,23 @@ from .packet import (
     CONNACK,
     DISCONNECT_BYTES,
     PINGREQ_BYTES,
-    PINGRESP,
-    PUBLISH,
-    SUBACK,
+    PUBACK,
     UNSUBACK,
     check_filter,
     check_topic,
     encode_connect,
     encode_subscribe,
     encode_unsubscribe,
+    put_ack,
     put_publish_head,
     utf8,
     Decoder,
 )
 from .store import Store, identity
 
+_PUBLISH = const(3)
+_SUBACK = const(9)
+_PINGRESP = const(13)
 _SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
 _RECEIVE_BYTES = const(256)
 _LIMIT_MS = const(10000)
@@ -45,7 +47,20 @@ _NESTED = const(3)
 _END = const(-1)  # the errno that umqtt.simple's programs know
 _FAULTS = (MQTTError, OSError)
 
+# MicroPython finds them sooner here than behind all the other built-in names.
+bytes = bytes
+len = len
+type = type
+
 _owners = {}  # home of a journal, or the id() that stands for it -> the client that uses it
+
+
+def to_bytes(msg):
+    """Return msg (str or bytes-like) as bytes or bytearray.  Raises TypeError."""
+    if isinstance(msg, str):
+        return msg.encode()
+    # Its items may be larger than a byte.
+    return msg if isinstance(msg, (bytes, bytearray)) else bytes(memoryview(msg))
 
 
 class MQTTClient:
@@ -59,6 +74,8 @@ class MQTTClient:
     delivered.
     version: 4, which is MQTT 3.1.1, or 5: this then makes a simple5.MQTTClient5, from which a class of a program's own
     that speaks MQTT 5 is derived.
+
+    .mark: the newest mark whose message publish() has accepted, None if there is none; survives power loss.
 
     The journal is mounted by the first call that needs it: connect(), publish() at QoS 1 and 2, .mark.  They raise
     JournalUnavailable if there is none, or if another client, with another broker or client_id, is connected and uses
@@ -138,8 +155,8 @@ class MQTTClient:
         self._renewing = False  # the broker said that it has no session, and that is not recorded yet
         self._era = 0  # counts the sessions at the broker: a message belongs to the one it came in
         self._depth = 0  # callbacks running
-        self._until_ms = 0  # ticks_ms at which a wait for an answer is over; it stands still in callbacks
-        self._mark = None  # from publish() to _keep()
+        self._ours = False  # what is raised is for _lost(), not from a callback
+        self._until_ms = None  # ticks_ms at which a wait for an answer is over; it stands still in callbacks
         self._begun = False  # half a packet is here
         self._wanted = {}  # topic filter -> QoS, of every subscription that was granted
         self._passing = False  # messages are passed over, see _takes()
@@ -148,19 +165,21 @@ class MQTTClient:
         self._ping_at = None  # ticks_ms of the PINGREQ that is not answered yet
         self._asked = False  # by ping()
         self._last_sent = self._last_received = self._pulse_at = 0
-        # What each message goes through is bound once, as in Store.
-        self._keep = self._keep
-        self._post = self._post
+        # What each message goes through is bound once, as in Store; with more than 59 attributes, too.
         self._put = self._put
         self._until = self._until
         self._step = self._step
         self._next = self._next
         self._handle = self._handle
         self._deliver = self._deliver
+        self._acknowledge = self._acknowledge
+        self._receive = self._receive
+        self._takes = self._takes
 
-    @property
-    def mark(self):
-        """The newest mark whose message publish() has accepted, None if there is none; survives power loss."""
+    def __getattr__(self, name):
+        # No property: MicroPython would look for one at every store to any attribute.
+        if name != "mark":
+            raise AttributeError(name)
         self._mount()
         return self.store.mark
 
@@ -343,6 +362,7 @@ class MQTTClient:
     def _lost(self, error):
         """The connection has failed: end it, and return the OSError that says so."""
         self.last_error = error
+        self._ours = False
         self._hang_up()
         if self._good:
             self._pause_ms = 0
@@ -386,46 +406,57 @@ class MQTTClient:
         the connection.  What a callback raises that ran meanwhile comes out of here, too, and says nothing about this
         message.
         """
-        # Here, and in all that a message goes through but for a few, no frame has more than the 11 words for which
-        # MicroPython takes none from the heap: looking for room there costs more than all that is done.
-        if isinstance(topic, str):
-            topic = topic.encode()
-        if isinstance(msg, str):
-            msg = msg.encode()
-        elif type(msg) is not bytes and not isinstance(msg, bytearray):
-            msg = bytes(memoryview(msg))  # its items may be larger than a byte
-        if qos == 0:
-            if mark is not None:
-                raise ValueError("mark: needs QoS 1 or 2")
-            check_topic(topic)
+        # In what this calls for each message hardly a frame has more than 11 words: MicroPython takes a larger one from
+        # the heap, and to look for room there costs as much as several calls.
+        if type(topic) is not bytes:
+            topic = to_bytes(topic)
+        if type(msg) is not bytes:
+            msg = to_bytes(msg)
+        n = len(msg)
+        packet_id = 0
+        if qos == 1 or qos == 2:
             if not self._up:
-                self._check()
-            self._post(0x31 if retain else 0x30, topic, msg)
-            return
-        if qos not in (1, 2):
-            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
-        self._mark = mark
-        qos = qos << 1 | (1 if retain else 0)
-        self._keep(topic, msg, qos)
-
-    def _keep(self, topic, msg, flags):
-        """publish() at QoS 1 and 2."""
-        if not self._up:
-            self._mount()
-        store = self.store
-        try:
-            packet_id = store.publish(topic, msg, flags >> 1, flags & 1, self._mark)
-        except Exception as e:
-            if isinstance(e, OSError) or not store.journal.usable:
-                self._lost(e)  # so that the journal is mounted anew
-            raise
-        for _ in range(2):
+                self._mount()
+            store = self.store
             try:
+                packet_id = store.publish(topic, msg, qos, retain, mark)
+            except Exception as e:
+                if isinstance(e, OSError) or not store.journal.usable:
+                    self._lost(e)  # so that the journal is mounted anew
+                raise
+        elif qos != 0:
+            raise ValueError("qos: found %r, expected 0, 1 or 2" % (qos,))
+        elif mark is not None:
+            raise ValueError("mark: needs QoS 1 or 2")
+        else:
+            check_topic(topic)
+            self._check()
+        for _ in range(2):
+            self._ours = False
+            try:
+                small = len(topic) + n + 9 <= _SEND_BYTES
                 if not self._up:
                     if not self._stay or not self._due():
                         return
                     self._connect()
-                elif not self._post(0x30 | flags, topic, msg, packet_id):
+                elif not packet_id or small and store.at_once(packet_id):
+                    self._ours = True
+                    self._up = False  # unless it ends well: a Ctrl-C in the middle of a packet spoils the stream
+                    send = self._send if small else bytearray(len(topic) + 9)
+                    first = 0x30 | qos << 1 | (1 if retain else 0)
+                    begin = put_publish_head(send, 0, first, topic, packet_id, n)
+                    if small:
+                        end = begin + n
+                        send[begin:end] = msg
+                        self._put(send, end)
+                    else:
+                        self._put(send, begin)
+                        self._put(msg, n)
+                    self._up = True
+                    self._ours = False
+                    if not packet_id:
+                        return
+                else:
                     self._guard(self._fill)
                 # A callback that publishes for each message it gets must not grow the stack without end.
                 if self._depth <= _NESTED:
@@ -433,9 +464,14 @@ class MQTTClient:
                     if time.ticks_diff(self._last_received, self._pulse_at) >= _PULSE_MS:
                         self._pulse()  # or a program that sleeps now would send it again
                 return
-            except (MQTTException, OSError):
-                if self._up:
-                    raise  # a callback's
+            except _FAULTS as e:
+                if self._ours:
+                    e = self._lost(e)
+                    if packet_id:
+                        continue
+                elif not self._up and isinstance(e, (MQTTException, OSError)):
+                    continue
+                raise e  # a callback's, or at QoS 0
 
     def ping(self):
         """Send PINGREQ; wait_msg() returns None when the answer comes.  Raises OSError."""
@@ -452,32 +488,6 @@ class MQTTClient:
     def _check(self):
         if not self._up:
             raise OSError(_END, "not connected")
-
-    def _post(self, first, topic, msg, packet_id=0):
-        """Send a PUBLISH from what publish() has at hand; False if the store has to send it.  Raises OSError."""
-        send = self._send
-        self._up = False  # unless it ends well: a Ctrl-C in the middle of a packet spoils the stream
-        if len(topic) + len(msg) + 9 > _SEND_BYTES:
-            if packet_id:
-                self._up = True
-                return False
-            send = bytearray(len(topic) + 9)
-        elif packet_id and not self.store.at_once(packet_id):
-            self._up = True
-            return False
-        try:
-            first = put_publish_head(send, 0, first, topic, packet_id, len(msg))
-            if send is self._send:
-                topic = first + len(msg)
-                send[first:topic] = msg
-                self._put(send, topic)
-            else:
-                self._put(send, first)
-                self._put(msg, len(msg))
-        except OSError as e:
-            raise self._lost(e)
-        self._up = True
-        return True
 
     def _guard(self, function, *arguments):
         """Call it; its failure ends the connection.  Raises OSError."""
@@ -507,10 +517,11 @@ class MQTTClient:
     def _put(self, data, n):
         """Send n bytes of data.  Raises OSError when the broker takes nothing for the limit's time."""
         at = 0
-        while at < n:
-            done = self.sock.write(data, at, n - at if n - at < _SEND_BYTES else _SEND_BYTES)
+        while n:
+            done = self.sock.write(data, at, n if n < _SEND_BYTES else _SEND_BYTES)
             if done:
                 at += done
+                n -= done
                 continue
             self._poll.modify(self.sock, select.POLLOUT)
             done = self._ready(self._limit_ms)
@@ -545,23 +556,27 @@ class MQTTClient:
 
     def _receive(self, wait):
         left_ms = _PULSE_MS if wait else 0
-        begin = time.ticks_ms()
-        while True:
-            if wait and self._timed:
-                left_ms = self._limit_ms - time.ticks_diff(time.ticks_ms(), begin)
-                if left_ms <= 0:
-                    raise OSError(ETIMEDOUT, "no message")  # the connection is in order
-                left_ms = min(left_ms, _PULSE_MS)
-            came = self._step(0 if self._passing and not self.store.session.held else left_ms)
-            if came >> 4 == PUBLISH:
-                return came
-            if came >> 4 == PINGRESP and self._asked:
-                self._asked = False
-                return None
-            if not came:
-                self._pulse()
-                if not wait:
+        begin = time.ticks_ms() if self._timed else 0
+        self._ours = False
+        try:
+            while True:
+                if wait and self._timed:
+                    left_ms = self._limit_ms - time.ticks_diff(time.ticks_ms(), begin)
+                    if left_ms <= 0:
+                        raise OSError(ETIMEDOUT, "no message")  # the connection is in order
+                    left_ms = min(left_ms, _PULSE_MS)
+                came = self._step(0 if self._passing and not self.store.session.held else left_ms)
+                if came >> 4 == _PUBLISH:
+                    return came
+                if came >> 4 == _PINGRESP and self._asked:
+                    self._asked = False
                     return None
+                if not came:
+                    self._pulse()
+                    if not wait:
+                        return None
+        except _FAULTS as e:
+            raise self._lost(e) if self._ours else e
 
     def _until(self, packet_id, request):
         """Handle what comes until the message, or the request if there is one, is finished.
@@ -569,15 +584,22 @@ class MQTTClient:
         Raises OSError: no progress for the limit's time.
         """
         done = -1
-        while self.store.is_live(packet_id) if request is None else self._requests.get(packet_id) is request:
-            left_ms = time.ticks_ms()
-            if self.store.acknowledged != done:
-                done = self.store.acknowledged
-                self._until_ms = time.ticks_add(left_ms, self._limit_ms)
-            left_ms = time.ticks_diff(self._until_ms, left_ms)
-            if left_ms <= 0:
-                raise self._lost(OSError(ETIMEDOUT, "the broker does not answer"))
+        store = self.store
+        while (
+            (packet_id in store.session.out or store.is_live(packet_id))
+            if request is None
+            else self._requests.get(packet_id) is request
+        ):
+            if store.acknowledged != done:
+                done = store.acknowledged
+                left_ms = self._limit_ms
+                self._until_ms = time.ticks_add(time.ticks_ms(), left_ms)
+            else:
+                left_ms = time.ticks_diff(self._until_ms, time.ticks_ms())
+                if left_ms <= 0:
+                    raise self._lost(OSError(ETIMEDOUT, "the broker does not answer"))
             self._step(left_ms)
+        self._until_ms = None
 
     def _next(self, wait_ms):
         """Return the type of the next packet, 0 if none has begun within wait_ms, or with 0 if it is not whole yet.
@@ -585,72 +607,89 @@ class MQTTClient:
         Reads not a byte beyond it: a program may poll .sock.  Raises OSError, ProtocolError.
         """
         decoder = self._decoder
-        while True:
+        most = 4 if self._ping_at is None else 2  # only a PINGRESP is shorter than 4 bytes
+        if self._begun or decoder.left:
             n = decoder.next()
             if n:
                 self._begun = False
                 return n
+            self._begun = True
+            most = decoder.missing
+        while True:
             space = decoder.space()
             # Before it polls: TLS may have bytes that the socket no longer has.
-            n = self.sock.readinto(space, decoder.missing)
+            n = self.sock.readinto(space, most)
             while n is None:
                 if not wait_ms or not self._ready(wait_ms):
                     if self._begun and time.ticks_diff(time.ticks_ms(), self._last_received) >= self._limit_ms:
                         raise OSError(ETIMEDOUT, "half a packet came")
                     if not self._begun or not wait_ms:
                         return 0
-                n = self.sock.readinto(space, decoder.missing)
+                n = self.sock.readinto(space, most)
             if n == 0:
                 raise OSError(_END, "the broker closed the connection")
-            if n == 2 and not self._begun and not decoder.left and 0 < space[1] < 128:  # .missing would be that
-                n += self.sock.readinto(space[2:], space[1]) or 0
-            decoder.fed(n)
-            self._begun = True
+            if not self._begun and n - 2 < space[1] < 128 and n > 1:
+                most = self.sock.readinto(space[n:], space[1] + 2 - n)
+                if most:
+                    n += most
+            decoder.end += n
             self._last_received = time.ticks_ms()
+            n = decoder.next()
+            if n:
+                self._begun = False
+                return n
+            self._begun = True
+            most = decoder.missing
             if wait_ms:
                 wait_ms = self._limit_ms
 
     def _step(self, wait_ms):
         """Handle one packet if it begins within wait_ms; return its first byte, of a PUBLISH only if it was delivered,
-        else 0.  Raises OSError, and what the callback raises."""
+        else 0.  Raises what the callback raises, and while ._ours, for _lost(), what ends the connection."""
         if not self._up:
             self._check()
-        try:
-            came = self._next(wait_ms)
-            if not came:
-                return 0
+        self._ours = True
+        wait_ms = self._next(wait_ms)
+        if wait_ms:
             self._good = True
-            came = self._handle(came)
-            if came >> 4 != PUBLISH:
-                if self.store.due():
-                    self._fill()
-                return came
-        except _FAULTS as e:
-            raise self._lost(e)
-        self._deliver()
-        return came
+            wait_ms = self._handle(wait_ms)
+            if wait_ms >> 4 == _PUBLISH:
+                self._ours = False
+                if wait_ms & 6:
+                    self._acknowledge()
+                else:
+                    self.token = None
+                    self._deliver()
+                return wait_ms
+            if self.store.due():
+                self._fill()
+        self._ours = False
+        return wait_ms
 
     def _handle(self, kind):
-        """Handle a packet; return its first byte, 0 for a PUBLISH that is not to be delivered."""
+        """Handle a packet; return its type << 4, of a PUBLISH its first byte, or 0 if it is not to be delivered."""
         decoder = self._decoder
         store = self.store
-        if kind == PUBLISH:
-            if decoder.flags & 6 and not self._takes(decoder.flags >> 1 & 3, decoder.packet_id):
+        if _PUBLISH < kind < _SUBACK:
+            store.on_ack(kind, decoder.packet_id)
+        elif kind == _PUBLISH:
+            kind = decoder.flags
+            if kind & 6 and not self._takes(kind >> 1 & 3, decoder.packet_id):
                 return 0
             if decoder.payload is None:
                 self.too_large += 1
-                if decoder.flags & 6:  # or it would come back for ever
-                    store.handled(decoder.flags >> 1 & 3, decoder.packet_id, store.session.epoch)
+                if kind & 6:  # or it would come back for ever
+                    store.handled(kind >> 1 & 3, decoder.packet_id, store.session.epoch)
                 return 0
-        elif kind == SUBACK or kind == UNSUBACK:
-            self._on_granted(kind)
-        elif kind == PINGRESP:
+            return 0x30 | kind
+        elif kind == _PINGRESP:
             self._ping_at = None
+            self._begun = decoder.start != decoder.end  # it may have been one that was not asked for
         elif kind == CONNACK:
             raise ProtocolError("a second CONNACK")
         else:
-            store.on_ack(kind, decoder.packet_id)
-        return kind << 4 | decoder.flags
+            self._on_granted(kind)
+        return kind << 4
 
     def _takes(self, qos, packet_id):
         """Whether a PUBLISH is to be delivered.
@@ -660,6 +699,9 @@ class MQTTClient:
         in order, over a new connection, which _pulse() makes when there is room.
         """
         session = self.store.session
+        if qos == 1 and not session.busy and not session.held and not self._passing:
+            session.busy.add(packet_id)  # as on_publish() does
+            return True
         if session.is_too_much(packet_id):
             self._passing = True
             self.passed_over += 1
@@ -672,33 +714,51 @@ class MQTTClient:
         return not self._passing
 
     def _deliver(self):
-        """Hand a message to the callback; acknowledge it when that has returned."""
-        decoder = self._decoder
+        """Hand a message to the callback; whether there is one."""
+        cb = self.cb
+        if cb is None:
+            return False
+        began = self._last_received
+        until_ms = self._until_ms
+        self._depth += 1
+        try:
+            cb(self._decoder.name, bytes(self._decoder.payload))
+        finally:
+            self._depth -= 1
+        if until_ms is not None:
+            began = time.ticks_diff(time.ticks_ms(), began)
+            self._until_ms = time.ticks_add(until_ms, began)
+        return True
+
+    def _acknowledge(self):
+        """The same with a message at QoS 1 or 2, which is acknowledged when the callback has returned."""
         store = self.store
-        qos = decoder.flags >> 1 & 3
-        packet_id = decoder.packet_id
+        session = store.session
+        qos = self._decoder.flags >> 1 & 3
+        packet_id = self._decoder.packet_id
         era = self._era
         done = False
         self.token = store.token(packet_id) if qos == 2 else None
-        self._depth += 1
-        left_ms = time.ticks_diff(self._until_ms, time.ticks_ms())
         try:
-            if self.cb is not None:
-                self.cb(decoder.topic.encode(), bytes(decoder.payload))
-                done = True
+            done = self._deliver()
         finally:
-            self._depth -= 1
-            self._until_ms = time.ticks_add(time.ticks_ms(), left_ms)
             if not done:
-                store.session.busy.discard(packet_id)  # it has to come again
-        if done and qos:
+                session.busy.discard(packet_id)  # it has to come again
+        if done:
             try:
+                if qos == 1 and era == self._era and not store.answers:
+                    # The usual case: nothing else is to be sent.
+                    if session.handled(qos, packet_id, session.epoch) and self._up:
+                        self._up = False
+                        self._put(self._send, put_ack(self._send, 0, PUBACK, packet_id))
+                        self._up = True
+                    return
                 # -1: the session it came in is over, nobody waits for an answer.
-                store.handled(qos, packet_id, store.session.epoch if era == self._era else -1)
+                store.handled(qos, packet_id, session.epoch if era == self._era else -1)
                 if self._up:
                     self._fill()
             except _FAULTS as e:
-                store.session.busy.discard(packet_id)
+                session.busy.discard(packet_id)
                 raise self._lost(e)
 
     def _pulse(self):
@@ -766,7 +826,11 @@ class MQTTClient:
         """Ask the broker; return the code of its answer, 0 for an UNSUBACK.  Raises OSError."""
         self._check()
         request = self._guard(self._request, topic_filter, qos)
-        self._until(request[0], request)
+        self._ours = False
+        try:
+            self._until(request[0], request)
+        except _FAULTS as e:
+            raise self._lost(e) if self._ours else e
         if request[3] is None:
             raise OSError(_END, "the connection was lost")
         return request[3]

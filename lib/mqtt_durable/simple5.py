@@ -75,8 +75,9 @@ class MQTTClient5(simple.MQTTClient):
 
     # -- CONNECT
 
-    @property
-    def client(self):
+    def __getattr__(self, name):
+        if name != "client":
+            return super().__getattr__(name)
         if self.client_id or self.store is None:
             return self.client_id
         return self.store.assigned if self.store.identity == self._identity() else ""
@@ -206,10 +207,7 @@ class MQTTClient5(simple.MQTTClient):
         """
         if isinstance(topic, str):
             topic = topic.encode()
-        if isinstance(msg, str):
-            msg = msg.encode()
-        elif type(msg) is not bytes and not isinstance(msg, bytearray):
-            msg = bytes(memoryview(msg))
+        msg = simple.to_bytes(msg)
         size = 0
         if self._up:
             size = len(topic) + 2 + (2 if qos else 0) + len(encode(properties, PUBLISH)) + len(msg)
@@ -244,9 +242,6 @@ class MQTTClient5(simple.MQTTClient):
             raise ValueError("retain: the broker does not take retained messages")
         if size > found.get("maximum_packet_size", size):  # [MQTT-3.2.2-15]
             raise ValueError("msg: the broker takes packets of %d bytes at most" % found["maximum_packet_size"])
-
-    def _post(self, first, topic, msg, packet_id=0):
-        return False  # the store knows what the broker takes
 
     def _until(self, packet_id, request):
         if request is None:
@@ -290,8 +285,10 @@ class MQTTClient5(simple.MQTTClient):
             self._retry_at = time.ticks_add(now, self._retry_ms)
 
     def _deliver(self):
-        self.properties = self._decoder.properties
-        super()._deliver()
+        decoder = self._decoder
+        decoder.name = decoder.topic.encode()
+        self.properties = decoder.properties
+        return super()._deliver()
 
     def _pulse(self):
         if self._retry_at is not None and time.ticks_diff(time.ticks_ms(), self._retry_at) >= 0:
