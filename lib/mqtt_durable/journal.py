@@ -433,8 +433,9 @@ class Journal:
             page2=self._page2,
             fill=pack_into,
             crc=crc32,
+            length=len,
         ):
-            n = len(rest) + 4
+            n = length(rest) + 4
             off = ring._off
             unit = ring._unit
             size = (n + 7 + unit) & -unit
