@@ -170,6 +170,7 @@ class MQTTClient:
         self._until = self._until
         self._step = self._step
         self._next = self._next
+        self._ready = self._ready
         self._handle = self._handle
         self._deliver = self._deliver
         self._acknowledge = self._acknowledge
