@@ -6,6 +6,7 @@ import micropython
 import mqtt_durable.packet as packet
 from mqtt_durable.errors import ProtocolError
 from mqtt_durable.packet import CONNACK, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK, UNSUBACK, Decoder
+from mqtt_durable.packet5 import remaining_length_size
 from raises import raises
 
 
@@ -51,7 +52,7 @@ def test_remaining_length_takes_the_bytes_of_table_2_4():
         (268435455, 4, b"\xff\xff\xff\x7f"),
     ):
         buf = bytearray(8)
-        assert packet.remaining_length_size(length) == size
+        assert remaining_length_size(length) == size
         end = packet.put_fixed_header(buf, 1, 0x30, length)
         assert end == 2 + size
         assert bytes(buf[1:end]) == b"\x30" + field, length
@@ -438,7 +439,7 @@ def test_put_functions_allocate_nothing():
     try:
         packet.put_ack(buf, 0, PUBREL, 65535)
         packet.put_fixed_header(buf, 4, 0x32, 16384)
-        packet.remaining_length_size(16384)
+        remaining_length_size(16384)
     finally:
         micropython.heap_unlock()
     assert bytes(buf[:8]) == b"\x62\x02\xff\xff\x32\x80\x80\x01"

@@ -24,11 +24,11 @@ from norsim import MODES_ERASE, MODES_PROGRAM, Nor, PowerCut, Rng  # noqa: E402
 from mqtt_durable.errors import JournalFull  # noqa: E402
 from mqtt_durable.journal import Journal  # noqa: E402
 from mqtt_durable.packet import PUBACK, PUBCOMP, PUBREC  # noqa: E402
-from mqtt_durable.session import REL  # noqa: E402
 from mqtt_durable.store import Store  # noqa: E402
 from mqtt_durable.store5 import Store5  # noqa: E402
 
 _ME = 7
+_REL = 3
 _QUICK = sys.implementation.name != "micropython"
 _TOTALS = "published %d, full %d, cuts %d, mounts %d, refused, expired or postponed %d"
 
@@ -110,7 +110,7 @@ class Run:
         store._cursor, store._taken = saved
         found = []
         for packet_id, where in order:
-            if where & 3 == REL:
+            if where & 3 == _REL:
                 found.append(self.released.get(packet_id, -packet_id))
                 continue
             size = store.journal.load(where >> 2)
@@ -188,7 +188,7 @@ class Run:
                         break
                     if packet_id in store._later:
                         continue
-                    if state != REL and rng.below(8) == 0:
+                    if state != _REL and rng.below(8) == 0:
                         reason = 0x97 if rng.below(2) else 0x87
                         store.on_ack(PUBACK if state == 1 else PUBREC, packet_id, reason)
                         self.ended += reason == 0x97

@@ -22,7 +22,7 @@ PINGRESP = const(13)
 PINGREQ_BYTES = b"\xc0\x00"
 DISCONNECT_BYTES = b"\xe0\x00"
 
-_PUBACK = const(0x40)
+_PUBACK_FIRST = const(0x40)
 _KNOWN = const(8)  # topic names that need not be checked again
 _SHORT = const(96)  # bytes of the longest of these
 len = len  # MicroPython finds it sooner here than behind all the other built-in names
@@ -125,11 +125,6 @@ def matches(topic_filter, topic_name):
         if i + 1 == len(have) and want[i + 1 :] == ["#"]:
             return True  # "a/#" matches "a"
     return len(want) == len(have)
-
-
-def remaining_length_size(length):
-    """Bytes that the remaining length field takes for a remaining length of length bytes: 1-4."""
-    return 1 if length < 128 else 2 if length < 16384 else 3 if length < 2097152 else 4
 
 
 def put_fixed_header(buf, off, first, remaining_length):
@@ -322,7 +317,7 @@ class Decoder:
             first = buf[at]
             n = buf[at + 1]
             at += 2
-            if first == _PUBACK:
+            if first == _PUBACK_FIRST:
                 if n == 2:
                     n = buf[at] << 8 | buf[at + 1]
                     if n:

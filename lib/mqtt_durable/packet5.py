@@ -21,7 +21,6 @@ from .packet import (  # noqa: F401
     check_topic,
     put_fixed_header,
     put_publish_head,
-    remaining_length_size,
     utf8,
 )
 from .properties import Violation, decode, encode
@@ -59,6 +58,11 @@ _REASONS = {
 }
 _DISCONNECT_OUT = b"\x00\x04\x80\x81\x82\x83\x90\x93\x94\x95\x96\x97\x98\x99"
 _NONE = {}  # the properties of a packet without any; nobody's to change
+
+
+def remaining_length_size(length):
+    """Bytes that the remaining length field takes for a remaining length of length bytes: 1-4."""
+    return 1 if length < 128 else 2 if length < 16384 else 3 if length < 2097152 else 4
 
 
 def check_filter(topic_filter):

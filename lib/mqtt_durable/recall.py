@@ -10,7 +10,7 @@ from struct import pack, pack_into
 from micropython import const
 
 from .errors import JournalCorrupt
-from .session import REL, Session
+from .session import Session
 
 # Kinds of records.  A PUB's low nibble is its own, and 0x40 tells that MQTT 5 properties are in front of the payload.
 _PUB = const(0x10)  # | 8 with a mark | QoS << 1 | retain: identifier, reference, mark, perhaps topic, payload
@@ -19,18 +19,21 @@ _SESSION = const(0x33)  # identity u32, received u16: a new session at the broke
 _SUBS = const(0x34)  # all subscriptions: requested QoS << 2 | granted QoS u8, length u16, topic filter
 
 # Entries beside those of session.
-UPTO = const(5)  # all messages up to this identifier are finished; the position of the next one that is not
-ASKED = const(6)  # CONNECT goes out
-TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
-DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
+_UPTO = const(5)  # all messages up to this identifier are finished; the position of the next one that is not
+_ASKED = const(6)  # CONNECT goes out
+_TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
+_DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
 
 # identity, 1: has a mark | 2: asked | 4: subscribed, mark, newest, taken, received, cursor, messages, inbound ids
 _FORMAT = "<IBqHHHIBH"
 _FORMAT_BYTES = const(26)
 _NOWHERE = const(0xFFFFFFFF)
 _UNSAID = const(63)  # the distance that says nothing
-_HELD = const(64)  # inbound identifiers that a message of the largest size leaves room for in a snapshot
-_IDS = const(65023)  # as in session
+_HELD_ROOM = const(64)  # inbound identifiers that a message of the largest size leaves room for in a snapshot
+# As in session.
+_IDS = const(65023)
+_REL = const(3)
+
 _LAZY = const(16)  # DONEs that may be missing after a cut
 
 
@@ -41,7 +44,7 @@ class Recall:
         self.journal = journal
         self.session = Session(in_flight)
         self._most = in_flight + _LAZY  # in the window when replayed: lazy DONEs may be missing
-        self.max_state = _FORMAT_BYTES + 6 * self._most + 2 * _HELD + 4
+        self.max_state = _FORMAT_BYTES + 6 * self._most + 2 * _HELD_ROOM + 4
         self.lost = 0
         self._mounting = False
 
@@ -210,7 +213,7 @@ class Recall:
     def _renew(self):
         """A new session at the broker.  Return the messages that it took over from us: they are finished."""
         out = self.session.out
-        gone = [p for p in out if out[p] & 3 == REL]
+        gone = [p for p in out if out[p] & 3 == _REL]
         self.session.renew()
         for packet_id in gone:
             if self._is_queued(packet_id):
@@ -231,7 +234,7 @@ class Recall:
         """The positions of the messages in a sector that have to be sent still, oldest first."""
         session = self.session
         out = session.out
-        found = sorted([w >> 2 for w in out.values() if w > 3 and w >> 14 == sector and w & 3 != REL])
+        found = sorted([w >> 2 for w in out.values() if w > 3 and w >> 14 == sector and w & 3 != _REL])
         if whole and self.queued():
             journal = self.journal
             pos = self._cursor if self._cursor >> 12 == sector else journal.start_of(sector)
@@ -300,7 +303,7 @@ class Recall:
                 pass
         for packet_id in [p for p in session.out if session.out[p] > 3 and session.out[p] >> 2 in moved]:
             where = session.out[packet_id]
-            if where & 3 == REL:
+            if where & 3 == _REL:
                 continue
             if moved[where >> 2] < 0:
                 self.lost += 1
@@ -324,7 +327,7 @@ class Recall:
         session = self.session
         if packet_id == session.newest and self._is_queued(packet_id):
             session.newest = session.back(packet_id, 1)
-        elif session.out.get(packet_id, 0) & 3 != REL:
+        elif session.out.get(packet_id, 0) & 3 != _REL:
             session.out.pop(packet_id, None)
         ref = body[2] >> 6 | body[3] << 2
         if not ref:
@@ -339,7 +342,7 @@ class Recall:
         return bytes(head) + pack("<H", len(topic)) + topic + bytes(body[at:])
 
     def oldest(self):
-        sectors = {where >> 14 for where in self.session.out.values() if where > 3 and where & 3 != REL}
+        sectors = {where >> 14 for where in self.session.out.values() if where > 3 and where & 3 != _REL}
         if self._subs_at >= 0:
             sectors.add(self._subs_at >> 12)
         if self.queued() and self._cursor >= 0:

@@ -4,9 +4,6 @@ from struct import unpack_from
 
 from micropython import const
 
-from .recall import ASKED, TOLD, UPTO
-from .session import DONE, INDONE, RECEIVED, REL, RELEASED
-
 # As in recall.
 _PUB = const(0x10)
 _FACTS = const(0x30)
@@ -17,7 +14,16 @@ _FORMAT = "<IBqHHHIBH"
 _FORMAT_BYTES = const(26)
 _NOWHERE = const(0xFFFFFFFF)
 _UNSAID = const(63)
+_UPTO = const(5)
+_ASKED = const(6)
+_TOLD = const(7)
+# As in session.
 _IDS = const(65023)
+_REL = const(3)
+_DONE = const(1)
+_RELEASED = const(2)
+_RECEIVED = const(3)
+_INDONE = const(4)
 
 
 def mount(store):
@@ -92,7 +98,7 @@ def _replay(store, kind, pos):
             _finish(store, last, -1)
     elif kind == _FACTS:
         buf = store.journal.buf
-        if buf[4] == UPTO and buf[2] == 7 and not (buf[3] or store._unknown):
+        if buf[4] == _UPTO and buf[2] == 7 and not (buf[3] or store._unknown):
             # The usual case: one entry.
             _finish(store, buf[5] | buf[6] << 8, _position(buf, 7))
         else:
@@ -131,7 +137,7 @@ def _replay_publish(store, kind, pos, packet_id, before):
             store._cursor = pos
         if kind & 8:
             store.mark = unpack_from("<q", store.journal.buf, 8)[0]
-    elif not store._is_queued(packet_id) and out.get(packet_id, 0) & 3 != REL:
+    elif not store._is_queued(packet_id) and out.get(packet_id, 0) & 3 != _REL:
         out[packet_id] = pos << 2 | kind >> 1 & 3
         if session.ahead(session.newest, packet_id) >= session.ahead(session.newest, store._upto):
             store._upto = session.back(packet_id, 1)  # given out before the snapshot, recorded after it
@@ -169,27 +175,27 @@ def _replay_facts(store, entries):
         if not 0 < record < len(_SIZES) or i + _SIZES[record] > len(entries):
             return
         packet_id = entries[i + 1] | entries[i + 2] << 8
-        if record == DONE:
+        if record == _DONE:
             if store._is_queued(packet_id):
                 out[packet_id] = 0
                 if len(out) > 2 * store._most:
                     store._take_to(packet_id)
             else:
                 out.pop(packet_id, None)
-        elif record == RELEASED:
+        elif record == _RELEASED:
             if session.ahead(session.newest, packet_id) < session.ahead(session.newest, store._upto):
-                out[packet_id] = REL
-        elif record == RECEIVED:
+                out[packet_id] = _REL
+        elif record == _RECEIVED:
             session.held.add(packet_id)
             store.received = entries[i + 3] | entries[i + 4] << 8
-        elif record == INDONE:
+        elif record == _INDONE:
             session.held.discard(packet_id)
-        elif record == UPTO:
+        elif record == _UPTO:
             if not store._unknown:
                 _finish(store, packet_id, _position(entries, i + 3))
-        elif record == ASKED:
+        elif record == _ASKED:
             store._asked = True
-        elif record == TOLD:
+        elif record == _TOLD:
             store._asked = False
             if packet_id:
                 store._forget_subscriptions()

@@ -8,41 +8,47 @@ MQTT 3.1.1 sections 2.3.1, 4.3, 4.4 and 4.6.
 from micropython import const
 
 from .errors import JournalFull, ProtocolError
-from .packet import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL
+
+# Packet types, as in packet.
+_PUBLISH = const(3)
+_PUBACK = const(4)
+_PUBREC = const(5)
+_PUBREL = const(6)
+_PUBCOMP = const(7)
 
 # States of a message.  Outbound, ours to finish:
-PUB1 = const(1)  # QoS 1 PUBLISH, waits for PUBACK
-PUB2 = const(2)  # QoS 2 PUBLISH, waits for PUBREC
-REL = const(3)  # PUBREL, waits for PUBCOMP
+_PUB1 = const(1)  # QoS 1 PUBLISH, waits for PUBACK
+_PUB2 = const(2)  # QoS 2 PUBLISH, waits for PUBREC
+_REL = const(3)  # PUBREL, waits for PUBCOMP
 # Inbound QoS 2:
-HELD = const(4)  # the handler has had it, waits for PUBREL
+_HELD = const(4)  # the handler has had it, waits for PUBREL
 
 # What must be recorded, before the answer goes out (DONE: whenever convenient, losing it only repeats a message).
-DONE = const(1)
-RELEASED = const(2)
-RECEIVED = const(3)
-INDONE = const(4)
+_DONE = const(1)
+_RELEASED = const(2)
+_RECEIVED = const(3)
+_INDONE = const(4)
 
 # state << 4 | packet: next state << 8 | record << 4 | answer.  State 0: no such message.
 TRANSITIONS = {
-    PUB1 << 4 | PUBACK: DONE << 4,
-    PUB2 << 4 | PUBREC: REL << 8 | RELEASED << 4 | PUBREL,
-    REL << 4 | PUBREC: REL << 8 | PUBREL,
-    REL << 4 | PUBCOMP: DONE << 4,
-    PUBREC: PUBREL,  # unknown here: let the broker finish it
-    HELD << 4 | PUBLISH: HELD << 8 | PUBREC,  # the packet identifier alone tells a duplicate
-    HELD << 4 | PUBREL: INDONE << 4 | PUBCOMP,
-    PUBREL: PUBCOMP,
+    _PUB1 << 4 | _PUBACK: _DONE << 4,
+    _PUB2 << 4 | _PUBREC: _REL << 8 | _RELEASED << 4 | _PUBREL,
+    _REL << 4 | _PUBREC: _REL << 8 | _PUBREL,
+    _REL << 4 | _PUBCOMP: _DONE << 4,
+    _PUBREC: _PUBREL,  # unknown here: let the broker finish it
+    _HELD << 4 | _PUBLISH: _HELD << 8 | _PUBREC,  # the packet identifier alone tells a duplicate
+    _HELD << 4 | _PUBREL: _INDONE << 4 | _PUBCOMP,
+    _PUBREL: _PUBCOMP,
     # Late answers to what is long forgotten: counted, never acted upon.
-    PUBACK: 0,
-    PUBCOMP: 0,
-    PUB1 << 4 | PUBCOMP: PUB1 << 8,
-    PUB2 << 4 | PUBCOMP: PUB2 << 8,
+    _PUBACK: 0,
+    _PUBCOMP: 0,
+    _PUB1 << 4 | _PUBCOMP: _PUB1 << 8,
+    _PUB2 << 4 | _PUBCOMP: _PUB2 << 8,
 }
 # In place of these in a clean session: the broker forgets with the link what it has not yet passed on.
 CLEAN_TRANSITIONS = {
-    PUB2 << 4 | PUBREC: PUB2 << 8 | PUBREL,
-    PUB2 << 4 | PUBCOMP: DONE << 4,
+    _PUB2 << 4 | _PUBREC: _PUB2 << 8 | _PUBREL,
+    _PUB2 << 4 | _PUBCOMP: _DONE << 4,
 }
 
 _IDS = const(65023)  # packet identifiers of messages: 1 to this, one after the other; those above are for requests
@@ -113,27 +119,27 @@ class Session:
 
         Raises ProtocolError if the packet is none that this message can get.
         """
-        if packet == PUBREL:
-            state = HELD if packet_id in self.held else 0
+        if packet == _PUBREL:
+            state = _HELD if packet_id in self.held else 0
         else:
             where = self.out.get(packet_id, 0)
             state = where & 3
         rule = TRANSITIONS.get(state << 4 | packet)
-        if self.clean and state == PUB2:
-            if packet == PUBREC:
+        if self.clean and state == _PUB2:
+            if packet == _PUBREC:
                 self.released.add(packet_id)
             if packet_id in self.released:
                 rule = CLEAN_TRANSITIONS.get(state << 4 | packet, rule)
         if rule is None:
             raise ProtocolError("packet type %d for message %d in state %d" % (packet, packet_id, state))
-        if packet == PUBREL:
+        if packet == _PUBREL:
             if state:
                 self.held.discard(packet_id)
-        elif rule >> 4 & 15 == DONE:
+        elif rule >> 4 & 15 == _DONE:
             del self.out[packet_id]
             self.released.discard(packet_id)
-        elif rule >> 8 == REL:
-            self.out[packet_id] = where & ~3 | REL
+        elif rule >> 8 == _REL:
+            self.out[packet_id] = where & ~3 | _REL
         if not rule & 255 or not state:
             self.unknown += 1
         return rule & 255
@@ -151,7 +157,7 @@ class Session:
             self._unasked.discard(packet_id)
             return -1
         if qos == 2 and packet_id in self.held:
-            return TRANSITIONS[HELD << 4 | PUBLISH] & 15
+            return TRANSITIONS[_HELD << 4 | _PUBLISH] & 15
         if self.is_too_much(packet_id):
             raise ProtocolError("more than %d unfinished messages" % _MOST_INBOUND)
         self.busy.add(packet_id)
@@ -166,9 +172,9 @@ class Session:
         due = packet_id not in self._unasked
         self._unasked.discard(packet_id)
         if qos == 1:
-            return PUBACK if due else 0
+            return _PUBACK if due else 0
         self.held.add(packet_id)
-        return RECEIVED << 4 | (PUBREC if due else 0)
+        return _RECEIVED << 4 | (_PUBREC if due else 0)
 
     def disconnected(self):
         """The connection is over, and with it what was to be answered on it."""
@@ -177,7 +183,7 @@ class Session:
 
     def renew(self):
         """The broker has no session (any more): what is not yet its own is to be sent as new, the rest is over."""
-        for packet_id in [p for p in self.out if self.out[p] & 3 == REL]:
+        for packet_id in [p for p in self.out if self.out[p] & 3 == _REL]:
             del self.out[packet_id]
         self.held.clear()
         self.busy.clear()

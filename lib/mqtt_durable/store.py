@@ -15,14 +15,27 @@ from micropython import const
 
 from .errors import JournalFull
 from .once import once
-from .packet import PUBACK, PUBREL, check_topic, put_ack, put_publish_head
-from .recall import ASKED, DROPPED, TOLD, UPTO, Recall
-from .session import DONE, PUB1, RECEIVED, REL
+from .packet import check_topic, put_ack, put_publish_head
+from .recall import Recall
 
+# As in recall.
 _PUB = const(0x10)
 _FACTS = const(0x30)
 _SESSION = const(0x33)
 _SUBS = const(0x34)
+_UPTO = const(5)
+_ASKED = const(6)
+_TOLD = const(7)
+_DROPPED = const(8)
+# As in session.
+_IDS = const(65023)
+_PUB1 = const(1)
+_REL = const(3)
+_DONE = const(1)
+_RECEIVED = const(3)
+# As in packet.
+_PUBACK = const(4)
+_PUBREL = const(6)
 
 _PENDING = const(48)
 _LONGEST = const(9)  # bytes of the longest entry
@@ -35,7 +48,6 @@ _GRACE_BYTES = const(2048)  # payloads that wait in RAM, see settle()
 _APART = const(960)  # identifiers between two records, see _keeps(): 1024 less a window
 _UNSAID = const(63)
 _NOWHERE = const(0xFFFFFFFF)
-_IDS = const(65023)  # as in session
 _LEAP = const(16)  # more than messages can be handled and not yet recorded
 len = len  # MicroPython finds it sooner here than behind all the other built-in names
 _NOTHING = {}
@@ -345,7 +357,7 @@ class Store(Recall):
                     self.finished(self._taken, False)
         self._advance()
         entry = pack("<HI", self._taken, self._cursor & _NOWHERE)
-        self._note(DROPPED, before, entry)
+        self._note(_DROPPED, before, entry)
         self.commit()  # before the sector is erased
         return True
 
@@ -397,10 +409,10 @@ class Store(Recall):
             if where is None:  # finished in the meantime
                 self._held_back = 0
                 continue
-            if where & 3 == REL:
+            if where & 3 == _REL:
                 if size - off < 4:
                     break
-                off = put_ack(buf, off, PUBREL, packet_id)
+                off = put_ack(buf, off, _PUBREL, packet_id)
             else:
                 after = self._put_publish(buf, off, packet_id, where >> 2)
                 if after < 0:
@@ -565,7 +577,7 @@ class Store(Recall):
         elif self._upto % _IDS + 1 == packet_id:
             self._advance()
         else:
-            self._note(DONE, packet_id)
+            self._note(_DONE, packet_id)
 
     # -- the connection
 
@@ -578,7 +590,7 @@ class Store(Recall):
         self._doubt = self._asked
         if self._subs_at >= 0 and not self._asked:
             self._ready()
-            self._note(ASKED, 0)
+            self._note(_ASKED, 0)
             self.commit()
             self._asked = True
 
@@ -594,7 +606,7 @@ class Store(Recall):
             self.begin(identity)
         elif self._asked:
             self._ready()
-            self._note(TOLD, self._doubt)
+            self._note(_TOLD, self._doubt)
             if self._doubt:
                 self.commit()
                 self._forget_subscriptions()
@@ -650,15 +662,15 @@ class Store(Recall):
 
     def _act(self, action, packet_id):
         record = action >> 4
-        if record == DONE:
+        if record == _DONE:
             self.acknowledged += 1
             self._done(packet_id)
             if self.finished:
                 self.finished(packet_id, True)
         elif record:
-            if record == RECEIVED:
+            if record == _RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
-            self._note(record, packet_id, pack("<H", self.received) if record == RECEIVED else b"")
+            self._note(record, packet_id, pack("<H", self.received) if record == _RECEIVED else b"")
             self._urgent = True
             self._consider()
         if action & 15 and self.online:
@@ -670,9 +682,9 @@ class Store(Recall):
         out = self.session.out
         where = out.get(packet_id, 0)
         if (
-            packet == PUBACK
+            packet == _PUBACK
             and packet_id == self._upto % _IDS + 1
-            and where & 3 == PUB1
+            and where & 3 == _PUB1
             and where > 3
             and not self._used
             and (self._upto - self._said) % _IDS < _LAZY
@@ -711,7 +723,7 @@ class Store(Recall):
             self._ready()
             self._act(self.session.handled(qos, packet_id, epoch), packet_id)
         elif self.session.handled(qos, packet_id, epoch) and self.online:
-            self.answers = put_ack(self._answers, self.answers, PUBACK, packet_id)
+            self.answers = put_ack(self._answers, self.answers, _PUBACK, packet_id)
 
     # -- subscriptions
 
@@ -771,7 +783,7 @@ class Store(Recall):
         upto = b""
         if self._said != self._upto:
             upto = bytearray(7)
-            pack_into("<BHI", upto, 0, UPTO, self._upto, self._unfinished_at() & _NOWHERE)
+            pack_into("<BHI", upto, 0, _UPTO, self._upto, self._unfinished_at() & _NOWHERE)
         self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
         self._urgent = False
         self._used = 0
@@ -786,7 +798,7 @@ class Store(Recall):
             while packet_id != self._taken:
                 packet_id = session.back(packet_id, -1)
                 where = session.out.get(packet_id, 0)
-                if where > 3 and where & 3 != REL:
+                if where > 3 and where & 3 != _REL:
                     return where >> 2
             if self.queued():
                 return self._cursor

@@ -16,10 +16,9 @@ from struct import pack, pack_into, unpack_from
 
 from micropython import const
 
-from .packet import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, put_fixed_header, put_publish_head, remaining_length_size
-from .packet5 import put_ack
+from .packet import put_fixed_header, put_publish_head
+from .packet5 import put_ack, remaining_length_size
 from .properties import encode, get_length
-from .session import PUB1, PUB2, REL
 from .store import Store
 
 _PROPERTIES = const(0x40)  # in the kind of a PUB record
@@ -35,6 +34,16 @@ _SHORT = const(3)  # bytes of a topic name for which an alias would save nothing
 _UNKNOWN_ID = const(0x92)
 _TOO_LARGE = const(0x95)
 _QUOTA = const(0x97)
+# As in session.
+_PUB1 = const(1)
+_PUB2 = const(2)
+_REL = const(3)
+# As in packet.
+_PUBLISH = const(3)
+_PUBACK = const(4)
+_PUBREC = const(5)
+_PUBREL = const(6)
+_PUBCOMP = const(7)
 _NOTHING = {}
 
 
@@ -184,7 +193,7 @@ class Store5(Store):
 
     def publish(self, topic_name, payload, qos, retain=False, mark=None, properties=None):
         """Record a QoS 1 or 2 message; see Store.publish().  properties: None or a dictionary, see properties.py."""
-        block = encode(properties, PUBLISH) if properties else b"\0"
+        block = encode(properties, _PUBLISH) if properties else b"\0"
         if len(block) == 1:
             return super().publish(topic_name, payload, qos, retain, mark)
         size, at = get_length(block, 0, len(block))
@@ -397,7 +406,7 @@ class Store5(Store):
         if not packet_id and self._resend:
             # The window is full.  A PUBREL waits for no quota [MQTT5-3.3.4-8].
             for i in range(len(self._resend) - 1, -1, -1):
-                if out.get(self._resend[i], 0) & 3 == REL:
+                if out.get(self._resend[i], 0) & 3 == _REL:
                     return self._resend.pop(i)
         return packet_id
 
@@ -432,19 +441,19 @@ class Store5(Store):
         with 0x92 as without.  MQTT 5.0 sections 3.4-3.7 and 4.3.
         """
         session = self.session
-        if packet == PUBREL:
+        if packet == _PUBREL:
             if packet_id not in session.held:
-                self._answer_unknown(PUBCOMP, packet_id)
+                self._answer_unknown(_PUBCOMP, packet_id)
                 return
-        elif packet != PUBCOMP:
+        elif packet != _PUBCOMP:
             # In a clean session what had its PUBREL stays as it is.
-            state = REL if packet_id in session.released else session.out.get(packet_id, 0) & 3
+            state = _REL if packet_id in session.released else session.out.get(packet_id, 0) & 3
             if packet_id in self._later:
                 session.unknown += 1
                 return
-            lowered = state == PUB2 and packet == PUBACK and self._maximum_qos == 1
+            lowered = state == _PUB2 and packet == _PUBACK and self._maximum_qos == 1
             if reason_code >= 0x80:
-                if state == (PUB1 if packet == PUBACK else PUB2) or lowered:
+                if state == (_PUB1 if packet == _PUBACK else _PUB2) or lowered:
                     if reason_code == _QUOTA:
                         self.postponed += 1
                         self._later.append(packet_id)
@@ -454,7 +463,7 @@ class Store5(Store):
                         self.refused += 1
                         self._end(packet_id, reason_code)
                     return
-                if not state or state == REL:
+                if not state or state == _REL:
                     session.unknown += 1
                     return
             elif lowered:
@@ -462,8 +471,8 @@ class Store5(Store):
                 self.acknowledged += 1
                 self._end(packet_id, True)
                 return
-            elif packet == PUBREC and not state:
-                self._answer_unknown(PUBREL, packet_id)
+            elif packet == _PUBREC and not state:
+                self._answer_unknown(_PUBREL, packet_id)
                 return
         super().on_ack(packet, packet_id)
 

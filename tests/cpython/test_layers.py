@@ -219,6 +219,26 @@ def test_package_imports_only_what_both_interpreters_have():
         assert outer <= BOTH, "%s imports %s" % (module, outer - BOTH)
 
 
+def numbers(path):
+    """What a module has by const(), without a leading underscore -> the text of its value."""
+    return {
+        node.targets[0].id.lstrip("_"): ast.unparse(node.value.args[0])
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "const"
+    }
+
+
+def test_numbers_that_modules_of_the_session_have_each_for_itself_are_the_same():
+    # An import of each would cost more than all of them together.
+    known = {}
+    for module in ("packet", "packet5", "session", "recall", "replay", "store", "store5"):
+        own = {"packet": {"KNOWN", "SHORT"}, "store5": {"SHORT"}}.get(module, ())
+        for name, value in numbers(LIB / (module + ".py")).items():
+            if name not in own:
+                assert known.setdefault(name, value) == value, "%s in %s" % (name, module)
+    assert known["PUBREL"] == "6" and known["REL"] == "3"
+
+
 def test_device_code_has_no_assert():
     for path in [*LIB.rglob("*.py"), ROOT / "boot.py", ROOT / "main.py"]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -481,7 +481,7 @@ def test_remaining_length_is_the_algorithm_of_section_2_2_3(length):
     buf = bytearray(6)
     end = packet.put_fixed_header(buf, 0, 0x30, length)
     assert bytes(buf[1:end]) == remaining_length(length)
-    assert packet.remaining_length_size(length) == end - 1
+    assert packet5.remaining_length_size(length) == end - 1
 
 
 @given(st.binary(max_size=12))
