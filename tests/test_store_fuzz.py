@@ -183,8 +183,7 @@ class Run:
                     break
                 state = store.session.out[packet_id] & 3
                 if self.is5:
-                    ahead = store.session.ahead
-                    if ahead(store._taken, packet_id) < ahead(store._taken, store._sent_to):
+                    if (store._taken - packet_id) % 65023 < (store._taken - store._sent_to) % 65023:
                         break
                     if packet_id in store._later:
                         continue

@@ -24,10 +24,7 @@ _ASKED = const(6)  # CONNECT goes out
 _TOLD = const(7)  # CONNACK told of a session at the broker; 1: but not whether of ours, so no subscription counts
 _DROPPED = const(8)  # after the first identifier all messages up to the second are dropped; the position behind them
 
-# identity, 1: has a mark | 2: asked | 4: subscribed, mark, newest, taken, received, cursor, messages, inbound ids
-_FORMAT = "<IBqHHHIBH"
-_FORMAT_BYTES = const(26)
-_NOWHERE = const(0xFFFFFFFF)
+_FORMAT_BYTES = const(26)  # of a snapshot, in front of its lists
 _UNSAID = const(63)  # the distance that says nothing
 _HELD_ROOM = const(64)  # inbound identifiers that a message of the largest size leaves room for in a snapshot
 # As in session.
@@ -47,12 +44,13 @@ class Recall:
         self.max_state = _FORMAT_BYTES + 6 * self._most + 2 * _HELD_ROOM + 4
         self.lost = 0
         self._mounting = False
+        self._topics = {}  # topic name, as it was given -> reference to its first record behind the newest snapshot
 
     def clear(self):
         """Forget everything."""
         session = self.session
         session.clear()
-        self._forget_subscriptions()
+        self._found_subscriptions()
         self.mark = None
         self.identity = 0
         self.received = 0  # QoS 2 messages received, modulo 65536
@@ -62,11 +60,8 @@ class Recall:
         self._asked = False  # CONNECT has gone out, no CONNACK has come
         self._unknown = True  # what came before the records to be replayed
 
-    def _forget_subscriptions(self):
-        self._subs = {}
-        self._subs_at = -1
-
-    def _found_subscriptions(self, pos):
+    def _found_subscriptions(self, pos=-1):
+        """They stand at pos, -1: there are none."""
         self._subs = None  # read when they are asked for
         self._subs_at = pos
 
@@ -75,9 +70,10 @@ class Recall:
         if self._subs is None:
             subs = self._subs = {}
             journal = self.journal
+            pos = self._subs_at
             body = None
-            if journal.load(self._subs_at) and journal.buf[0] == _SUBS:
-                body = journal.body(self._subs_at)
+            if pos >= 0 and journal.load(pos) and journal.buf[0] == _SUBS:
+                body = journal.body(pos)
             if body is None:  # they will be made again
                 self._subs_at = -1
                 return subs
@@ -94,6 +90,7 @@ class Recall:
         return _FORMAT_BYTES + 6 * len(session.out) + 2 * len(session.held) + 4 * (self._subs_at >= 0)
 
     def state(self):
+        self._topics.clear()  # what stands in front of a snapshot is not referred to any more
         session = self.session
         out = session.out
         mark = self.mark
@@ -113,16 +110,16 @@ class Recall:
             pack_into("<I", state, i, self._subs_at)
             i += 4
         pack_into(
-            _FORMAT,
+            "<IBqHHHiBH",
             state,
             0,
             self.identity,
-            (mark is not None) | self._asked << 1 | (self._subs_at >= 0) << 2,
+            (mark is not None) | self._asked << 1 | (self._subs_at >= 0) << 2,  # flags
             mark or 0,
             session.newest,
             self._taken,
             self.received,
-            self._cursor & _NOWHERE,
+            self._cursor,
             outs,
             len(session.held),
         )
@@ -132,13 +129,11 @@ class Recall:
 
     def queued(self):
         """How many messages wait behind the window."""
-        return self.session.ahead(self.session.newest, self._taken)
+        return (self.session.newest - self._taken) % _IDS
 
     def _is_queued(self, packet_id):
-        if self._taken == self.session.newest:
-            return False
-        ahead = self.session.ahead
-        return 0 < ahead(packet_id, self._taken) <= ahead(self.session.newest, self._taken)
+        taken = self._taken
+        return 0 < (packet_id - taken) % _IDS <= (self.session.newest - taken) % _IDS
 
     def _find(self):
         """Return the position of the first queued message, loaded, and make it the one taken last; -1 if none."""
@@ -158,7 +153,7 @@ class Recall:
                 packet_id = buf[4] | buf[5] << 8
                 if self._is_queued(packet_id):
                     if not self._mounting:
-                        self.lost += session.ahead(packet_id, taken) - 1
+                        self.lost += (packet_id - taken) % _IDS - 1
                     self._taken = packet_id
                     return pos
             pos = self._cursor
@@ -212,13 +207,11 @@ class Recall:
 
     def _renew(self):
         """A new session at the broker.  Return the messages that it took over from us: they are finished."""
-        out = self.session.out
-        gone = [p for p in out if out[p] & 3 == _REL]
-        self.session.renew()
+        gone = self.session.renew()
         for packet_id in gone:
             if self._is_queued(packet_id):
-                out[packet_id] = 0
-        self._forget_subscriptions()
+                self.session.out[packet_id] = 0
+        self._found_subscriptions()
         self._asked = False
         return gone
 
@@ -226,15 +219,20 @@ class Recall:
         session = self.session
         newest = session.newest
         # What is finished may stand in the queue while mounting, and then what is queued in front of it is older.
-        self._upto = session.back(newest, max([(newest - p) % _IDS + 1 for p in session.out] + [self.queued()]))
+        most = self.queued()
+        for packet_id in session.out:
+            most = max(most, (newest - packet_id) % _IDS + 1)
+        self._upto = (newest - most - 1) % _IDS + 1
 
     # -- carrying
 
     def _messages(self, sector, whole):
         """The positions of the messages in a sector that have to be sent still, oldest first."""
-        session = self.session
-        out = session.out
-        found = sorted([w >> 2 for w in out.values() if w > 3 and w >> 14 == sector and w & 3 != _REL])
+        found = []
+        for where in self.session.out.values():
+            if where > 3 and where >> 14 == sector and where & 3 != _REL:
+                found.append(where >> 2)
+        found.sort()
         if whole and self.queued():
             journal = self.journal
             pos = self._cursor if self._cursor >> 12 == sector else journal.start_of(sector)
@@ -263,11 +261,9 @@ class Recall:
             if n < 0:
                 continue
             at = self._topic_at(pos)
-            if at == pos:
-                n -= self._payload_at() - 4 - (journal.buf[0] & 8)
             if at not in topics:
                 topics.append(at)
-                if journal.load(at):
+                if at != pos and journal.load(at):  # the first of a topic takes it along
                     n += self._payload_at() - 4 - (journal.buf[0] & 8)
             size += journal.room_for(n)
         if self._subs_at >> 12 == sector:
@@ -276,7 +272,6 @@ class Recall:
 
     def carry(self, sector, whole):
         journal = self.journal
-        session = self.session
         moved = {}
         refs = {}  # where a topic was -> the reference to where it is
         for pos in self._messages(sector, whole):
@@ -301,32 +296,33 @@ class Recall:
                     refs[at] = (new & 0xFFF) >> 2
             except JournalCorrupt:
                 pass
-        for packet_id in [p for p in session.out if session.out[p] > 3 and session.out[p] >> 2 in moved]:
-            where = session.out[packet_id]
-            if where & 3 == _REL:
-                continue
-            if moved[where >> 2] < 0:
-                self.lost += 1
-                del session.out[packet_id]
-            else:
-                session.out[packet_id] = moved[where >> 2] << 2 | where & 3
+        out = self.session.out
+        for packet_id in list(out):
+            where = out[packet_id]
+            if where & 3 != _REL and where >> 2 in moved:
+                pos = moved[where >> 2]
+                if pos < 0:
+                    self.lost += 1
+                    del out[packet_id]
+                else:
+                    out[packet_id] = pos << 2 | where & 3
         if self.queued() and self._cursor >> 12 == sector:
             self._cursor = journal.start_of(journal.head)
         if self._subs_at >> 12 == sector:
             try:
                 self._subs_at = journal.copy(self._subs_at)
             except JournalCorrupt:
-                self._forget_subscriptions()  # they will be made again
+                self._found_subscriptions()  # they will be made again
 
     def moved(self, kind, body):
         if kind == _SUBS:
-            self._forget_subscriptions()
+            self._found_subscriptions()
         if kind & 0xB0 != _PUB:
             return body
         packet_id = body[0] | body[1] << 8
         session = self.session
         if packet_id == session.newest and self._is_queued(packet_id):
-            session.newest = session.back(packet_id, 1)
+            session.newest = (packet_id - 2) % _IDS + 1
         elif session.out.get(packet_id, 0) & 3 != _REL:
             session.out.pop(packet_id, None)
         ref = body[2] >> 6 | body[3] << 2
@@ -342,9 +338,11 @@ class Recall:
         return bytes(head) + pack("<H", len(topic)) + topic + bytes(body[at:])
 
     def oldest(self):
-        sectors = {where >> 14 for where in self.session.out.values() if where > 3 and where & 3 != _REL}
-        if self._subs_at >= 0:
-            sectors.add(self._subs_at >> 12)
-        if self.queued() and self._cursor >= 0:
-            sectors.add(self._cursor >> 12)
-        return min([self.journal.seq_of(sector << 12) for sector in sectors]) if sectors else None
+        places = {self._subs_at}
+        if self.queued():
+            places.add(self._cursor)
+        for where in self.session.out.values():
+            if where > 3 and where & 3 != _REL:
+                places.add(where >> 14 << 12)
+        places.discard(-1)
+        return min(map(self.journal.seq_of, places)) if places else None

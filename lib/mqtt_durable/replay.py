@@ -9,10 +9,7 @@ _PUB = const(0x10)
 _FACTS = const(0x30)
 _SESSION = const(0x33)
 _SUBS = const(0x34)
-_SIZES = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
-_FORMAT = "<IBqHHHIBH"
 _FORMAT_BYTES = const(26)
-_NOWHERE = const(0xFFFFFFFF)
 _UNSAID = const(63)
 _UPTO = const(5)
 _ASKED = const(6)
@@ -53,11 +50,10 @@ def _restore(store, state):
         session.newest,
         store._taken,
         store.received,
-        cursor,
+        store._cursor,
         outs,
         helds,
-    ) = unpack_from(_FORMAT, state)
-    store._cursor = -1 if cursor == _NOWHERE else cursor
+    ) = unpack_from("<IBqHHHiBH", state)
     store.mark = mark if flags & 1 else None
     store._asked = bool(flags & 2)
     i = _FORMAT_BYTES
@@ -100,14 +96,14 @@ def _replay(store, kind, pos):
         buf = store.journal.buf
         if buf[4] == _UPTO and buf[2] == 7 and not (buf[3] or store._unknown):
             # The usual case: one entry.
-            _finish(store, buf[5] | buf[6] << 8, _position(buf, 7))
+            _finish(store, buf[5] | buf[6] << 8, unpack_from("<i", buf, 7)[0])
         else:
             _replay_facts(store, store.journal.body(pos) or b"")
     elif kind == _SUBS:
         if store.journal.buf[2] or store.journal.buf[3]:
             store._found_subscriptions(pos)
         else:
-            store._forget_subscriptions()
+            store._found_subscriptions()
     elif kind == _SESSION:
         store.identity, store.received = unpack_from("<IH", store.journal.buf, 4)
         store._renew()
@@ -139,8 +135,8 @@ def _replay_publish(store, kind, pos, packet_id, before):
             store.mark = unpack_from("<q", store.journal.buf, 8)[0]
     elif not store._is_queued(packet_id) and out.get(packet_id, 0) & 3 != _REL:
         out[packet_id] = pos << 2 | kind >> 1 & 3
-        if session.ahead(session.newest, packet_id) >= session.ahead(session.newest, store._upto):
-            store._upto = session.back(packet_id, 1)  # given out before the snapshot, recorded after it
+        if (session.newest - packet_id) % _IDS >= (session.newest - store._upto) % _IDS:
+            store._upto = before  # given out before the snapshot, recorded after it
 
 
 def _finish(store, last, pos):
@@ -152,8 +148,9 @@ def _finish(store, last, pos):
     if n == 1:
         out.pop(last, None)
     elif n > len(out):
-        for packet_id in [p for p in out if (newest - p) % _IDS >= age]:
-            del out[packet_id]
+        for packet_id in list(out):
+            if (newest - packet_id) % _IDS >= age:
+                del out[packet_id]
     else:
         while n > 0:
             n -= 1
@@ -169,10 +166,11 @@ def _finish(store, last, pos):
 def _replay_facts(store, entries):
     session = store.session
     out = session.out
+    sizes = b"\0\3\3\5\3\7\3\3\x09"  # type u8, packet identifier u16; RECEIVED: and the count of messages received
     i = 0
     while i + 3 <= len(entries):
         record = entries[i]
-        if not 0 < record < len(_SIZES) or i + _SIZES[record] > len(entries):
+        if not 0 < record < len(sizes) or i + sizes[record] > len(entries):
             return
         packet_id = entries[i + 1] | entries[i + 2] << 8
         if record == _DONE:
@@ -183,7 +181,7 @@ def _replay_facts(store, entries):
             else:
                 out.pop(packet_id, None)
         elif record == _RELEASED:
-            if session.ahead(session.newest, packet_id) < session.ahead(session.newest, store._upto):
+            if (session.newest - packet_id) % _IDS < (session.newest - store._upto) % _IDS:
                 out[packet_id] = _REL
         elif record == _RECEIVED:
             session.held.add(packet_id)
@@ -192,22 +190,17 @@ def _replay_facts(store, entries):
             session.held.discard(packet_id)
         elif record == _UPTO:
             if not store._unknown:
-                _finish(store, packet_id, _position(entries, i + 3))
+                _finish(store, packet_id, unpack_from("<i", entries, i + 3)[0])
         elif record == _ASKED:
             store._asked = True
         elif record == _TOLD:
             store._asked = False
             if packet_id:
-                store._forget_subscriptions()
+                store._found_subscriptions()
         else:  # DROPPED
             store._take_to(packet_id)
             last = entries[i + 3] | entries[i + 4] << 8
             if store._is_queued(last):
                 store._taken = last
-                store._cursor = _position(entries, i + 5)
-        i += _SIZES[record]
-
-
-def _position(entries, i):
-    where = unpack_from("<I", entries, i)[0]
-    return -1 if where == _NOWHERE else where
+                store._cursor = unpack_from("<i", entries, i + 5)[0]
+        i += sizes[record]

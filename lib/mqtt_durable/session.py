@@ -45,11 +45,6 @@ TRANSITIONS = {
     _PUB1 << 4 | _PUBCOMP: _PUB1 << 8,
     _PUB2 << 4 | _PUBCOMP: _PUB2 << 8,
 }
-# In place of these in a clean session: the broker forgets with the link what it has not yet passed on.
-CLEAN_TRANSITIONS = {
-    _PUB2 << 4 | _PUBREC: _PUB2 << 8 | _PUBREL,
-    _PUB2 << 4 | _PUBCOMP: _DONE << 4,
-}
 
 _IDS = const(65023)  # packet identifiers of messages: 1 to this, one after the other; those above are for requests
 _REQUESTS = const(512)
@@ -85,34 +80,29 @@ class Session:
         packet_id = self.newest % _IDS + 1
         if not packet_id & 511:
             for old in self.out:
-                if 0 < self.ahead(old, packet_id) < _AHEAD:
+                if 0 < (old - packet_id) % _IDS < _AHEAD:
                     raise JournalFull("no free packet identifier: message %d was never acknowledged" % old)
         return packet_id
 
     def request_id(self):
         """Return a free packet identifier for a SUBSCRIBE or UNSUBSCRIBE, which stays taken while in .requests; 0 if
         512 are under way."""
-        for packet_id in range(_IDS + 1, _IDS + 1 + _REQUESTS):
-            if packet_id not in self.requests:
-                self.requests.add(packet_id)
-                return packet_id
-        return 0
-
-    def ahead(self, packet_id, other):
-        """How many identifiers packet_id is ahead of other, 0-65022."""
-        return (packet_id - other) % _IDS
-
-    def back(self, packet_id, n):
-        """The identifier n before packet_id."""
-        return (packet_id - n - 1) % _IDS + 1
+        packet_id = _IDS + 1
+        while packet_id in self.requests:
+            packet_id += 1
+        if packet_id > _IDS + _REQUESTS:
+            return 0
+        self.requests.add(packet_id)
+        return packet_id
 
     def is_new(self, packet_id):
         """Whether packet_id was given out after the newest known here, when events are replayed."""
         return 0 < (packet_id - self.newest) % _IDS < _AHEAD
 
-    def order(self):
-        """The identifiers in the window, newest first: the reverse of the order of their PUBLISHes [MQTT-4.6.0-1]."""
-        return sorted(self.out, key=lambda packet_id: (self.newest - packet_id) % _IDS)
+    def order(self, packet_ids=()):
+        """The identifiers in the window, or these, newest first: the reverse of the order of their PUBLISHes
+        [MQTT-4.6.0-1].  What is newer than .newest comes last."""
+        return sorted(packet_ids or self.out, key=lambda packet_id: (self.newest - packet_id) % _IDS)
 
     def acknowledged(self, packet, packet_id):
         """A PUBACK, PUBREC, PUBCOMP or PUBREL came: return record << 4 | answer.
@@ -126,10 +116,12 @@ class Session:
             state = where & 3
         rule = TRANSITIONS.get(state << 4 | packet)
         if self.clean and state == _PUB2:
+            # Another rule, for the broker forgets with the link what it has not yet passed on.
             if packet == _PUBREC:
                 self.released.add(packet_id)
-            if packet_id in self.released:
-                rule = CLEAN_TRANSITIONS.get(state << 4 | packet, rule)
+                rule = _PUB2 << 8 | _PUBREL
+            elif packet == _PUBCOMP and packet_id in self.released:
+                rule = _DONE << 4
         if rule is None:
             raise ProtocolError("packet type %d for message %d in state %d" % (packet, packet_id, state))
         if packet == _PUBREL:
@@ -146,9 +138,9 @@ class Session:
 
     def is_too_much(self, packet_id):
         """Whether a PUBLISH with this identifier would be one unfinished message more than the 256 we keep in mind."""
-        if len(self.busy) + len(self.held) < _MOST_INBOUND:
-            return False
-        return packet_id not in self.busy and packet_id not in self.held
+        busy = self.busy
+        held = self.held
+        return len(busy) + len(held) >= _MOST_INBOUND and packet_id not in busy and packet_id not in held
 
     def incoming(self, qos, packet_id):
         """A QoS 1 or 2 PUBLISH came: return 0 to deliver it, else it is a duplicate to be answered with that packet
@@ -182,10 +174,16 @@ class Session:
         self.released.clear()
 
     def renew(self):
-        """The broker has no session (any more): what is not yet its own is to be sent as new, the rest is over."""
-        for packet_id in [p for p in self.out if self.out[p] & 3 == _REL]:
-            del self.out[packet_id]
+        """The broker has no session (any more): what is not yet its own is to be sent as new, the rest is over.
+
+        Return the messages that were its own: they are finished.
+        """
+        out = self.out
+        gone = [packet_id for packet_id in out if out[packet_id] & 3 == _REL]
+        for packet_id in gone:
+            del out[packet_id]
         self.held.clear()
         self.busy.clear()
         self._unasked.clear()
         self.epoch += 1
+        return gone

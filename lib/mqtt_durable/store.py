@@ -9,7 +9,7 @@ rides with the next record; at most 16 are missing after a cut.
 """
 
 from binascii import crc32
-from struct import pack, pack_into
+from struct import pack
 
 from micropython import const
 
@@ -47,7 +47,6 @@ _TOPICS = const(8)  # of which it is known where they stand in the newest sector
 _GRACE_BYTES = const(2048)  # payloads that wait in RAM, see settle()
 _APART = const(960)  # identifiers between two records, see _keeps(): 1024 less a window
 _UNSAID = const(63)
-_NOWHERE = const(0xFFFFFFFF)
 _LEAP = const(16)  # more than messages can be handled and not yet recorded
 len = len  # MicroPython finds it sooner here than behind all the other built-in names
 _NOTHING = {}
@@ -74,7 +73,6 @@ class Store(Recall):
         self._grace = grace
         self._pending = bytearray(_PENDING)
         self._answers = bytearray(_ANSWERS)
-        self._topics = {}  # topic name, as it was given -> reference to its first record behind the newest snapshot
         self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.duplicates = 0
         self.spared = 0  # messages that were acknowledged before they had to be stored
         self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
@@ -115,10 +113,10 @@ class Store(Recall):
         try:
             once("replay", "mount", self)
             out = self.session.out
-            for packet_id in [p for p in out if self._is_queued(p)]:
+            for packet_id in list(out):
                 self._take_to(packet_id)
-            for packet_id in [p for p in out if not out[p]]:
-                del out[packet_id]
+                if not out.get(packet_id, 1):
+                    del out[packet_id]
         finally:
             self._mounting = False
         self._cut = 0 if self.journal.closed else self.session.newest
@@ -137,12 +135,11 @@ class Store(Recall):
     def _take_up_held(self):
         """The messages in RAM go into the window again, but for those whose records were found."""
         session = self.session
+        held = session.order(self._held)
         if self._unknown:  # a journal without any record: its identifiers begin with theirs
-            first = min(self._held, key=lambda packet_id: session.ahead(packet_id, session.newest))
-            session.newest = self._taken = self._recorded = session.back(first, 1)
+            session.newest = self._taken = self._recorded = (held[-1] - 2) % _IDS + 1
             self._unknown = False
-        begin = session.back(session.newest, 1024)
-        for packet_id in sorted(self._held, key=lambda packet_id: session.ahead(packet_id, begin)):
+        for packet_id in reversed(held):
             if self.is_live(packet_id):
                 self._drop_held(packet_id)
                 continue
@@ -162,10 +159,6 @@ class Store(Recall):
         self.journal.close()
         if full:
             raise full
-
-    def state(self):
-        self._topics.clear()  # what stands in front of a snapshot is not referred to any more
-        return super().state()
 
     # -- outbound
 
@@ -204,13 +197,9 @@ class Store(Recall):
         topic = check_topic(topic_name)
         key = topic_name if isinstance(topic_name, str) and not self._grace else topic
         size = len(topic) + len(payload)
-        if size + 14 > journal.max_body:
-            rest = 6 if mark is None else 14
-            if size + rest > journal.max_body:
-                raise ValueError(
-                    "topic and payload have %d bytes, the journal holds messages of at most %d"
-                    % (size, journal.max_body - rest)
-                )
+        most = journal.max_body - (6 if mark is None else 14)
+        if size > most:
+            raise ValueError("topic and payload have %d bytes, the journal holds messages of at most %d" % (size, most))
         if not packet_id & 511:
             packet_id = session.new_id()
         at_once = False
@@ -265,16 +254,18 @@ class Store(Recall):
         """Program a PUB record, dropping others for it if need be; return its position."""
         journal = self.journal
         kind = _PUB | qos << 1 | (1 if retain else 0)
-        head = bytearray(4 if mark is None else 12)
+        more = b""
         if mark is not None:
             kind |= 8
-            pack_into("<q", head, 4, mark)
-        head[0] = packet_id & 255
-        head[1] = packet_id >> 8
-        n = len(head) + len(payload) + len(topic) + 2
+            more = pack("<q", mark)
+        n = 4 + len(more) + len(payload) + len(topic) + 2
         if n != self._reserve_for:
             self._reserve_for = n
-            self._reserved = self._reserve(n)
+            # Sectors that a message with a body of n bytes must leave, so that a full journal can always be left again:
+            # one for the records that acknowledgements need, and twice a window full of such messages as it is after
+            # a mount, which may have to be carried over at the same time.
+            window = self._most * journal.room_for(n)
+            self._reserved = min(1 + 2 * window // journal.room, journal.sectors - 3)
         while True:
             # Now, and not before: a record on the way here may have begun a sector.
             ref = self._topics.get(key, 0)
@@ -283,13 +274,10 @@ class Store(Recall):
             distance = (packet_id - self._upto - 1) % _IDS
             if distance > _UNSAID:
                 distance = _UNSAID
-            head[2] = distance | (ref & 3) << 6
-            head[3] = ref >> 2
+            head = pack("<HH", packet_id, distance | ref << 6) + more
+            parts = (head, payload) if ref else (head, pack("<H", len(topic)), topic, payload)
             try:
-                if ref:
-                    pos = journal.append(kind, (head, payload), self._reserved)
-                else:
-                    pos = journal.append(kind, (head, pack("<H", len(topic)), topic, payload), self._reserved)
+                pos = journal.append(kind, parts, self._reserved)
                 break
             except JournalFull:
                 if not self._drops or not self._drop():
@@ -323,15 +311,6 @@ class Store(Recall):
         topic, payload, _ = self._held.pop(packet_id)
         self._held_bytes -= len(topic) + len(payload)
 
-    def _reserve(self, size):
-        """Sectors that a message with a body of size bytes must leave, so that a full journal can always be left again.
-
-        One for the records that acknowledgements need, and twice a window full of such messages as it is after a mount,
-        which may have to be carried over at the same time.
-        """
-        window = self._most * self.journal.room_for(size)
-        return min(1 + 2 * window // self.journal.room, self.journal.sectors - 3)
-
     def is_live(self, packet_id):
         """Whether the message with this packet identifier still waits for its end."""
         session = self.session
@@ -356,8 +335,7 @@ class Store(Recall):
                 if self.finished:
                     self.finished(self._taken, False)
         self._advance()
-        entry = pack("<HI", self._taken, self._cursor & _NOWHERE)
-        self._note(_DROPPED, before, entry)
+        self._note(_DROPPED, before, pack("<Hi", self._taken, self._cursor))
         self.commit()  # before the sector is erased
         return True
 
@@ -511,7 +489,7 @@ class Store(Recall):
 
     def in_flight(self):
         """How many messages that have been sent wait for their end."""
-        return len(self.session.out) - self.session.ahead(self._taken, self._sent_to)
+        return len(self.session.out) - (self._taken - self._sent_to) % _IDS
 
     def _next(self):
         """The next message to send on this connection, 0 if the window is full or nothing waits."""
@@ -550,9 +528,7 @@ class Store(Recall):
         self.lost += 1
         self._ready()
         self.session.out.pop(packet_id, None)
-        self._done(packet_id)
-        if self.finished:
-            self.finished(packet_id, False)
+        self._done(packet_id, False)
 
     def _advance(self):
         """The oldest message is finished: find the next one that is not."""
@@ -566,7 +542,8 @@ class Store(Recall):
             upto = after
         self._upto = upto
 
-    def _done(self, packet_id):
+    def _done(self, packet_id, result):
+        """A message is finished, and no longer in the window.  To be called after _ready()."""
         if self._held and packet_id in self._held:
             self._drop_held(packet_id)
             self.spared += 1
@@ -578,6 +555,8 @@ class Store(Recall):
             self._advance()
         else:
             self._note(_DONE, packet_id)
+        if self.finished:
+            self.finished(packet_id, result)
 
     # -- the connection
 
@@ -609,7 +588,7 @@ class Store(Recall):
             self._note(_TOLD, self._doubt)
             if self._doubt:
                 self.commit()
-                self._forget_subscriptions()
+                self._found_subscriptions()
             self._asked = False
         self._take_up_sent()
         self._resend = self.session.order()
@@ -664,13 +643,13 @@ class Store(Recall):
         record = action >> 4
         if record == _DONE:
             self.acknowledged += 1
-            self._done(packet_id)
-            if self.finished:
-                self.finished(packet_id, True)
+            self._done(packet_id, True)
         elif record:
+            more = b""
             if record == _RECEIVED:
                 self.received = self.received + 1 & 0xFFFF
-            self._note(record, packet_id, pack("<H", self.received) if record == _RECEIVED else b"")
+                more = pack("<H", self.received)
+            self._note(record, packet_id, more)
             self._urgent = True
             self._consider()
         if action & 15 and self.online:
@@ -754,10 +733,8 @@ class Store(Recall):
             body += text
         if len(body) <= self.journal.max_body:
             pos = self.journal.append(_SUBS, (body,))
-            self._found_subscriptions(pos)
+            self._subs_at = pos if subs else -1
             self._subs = subs
-            if not subs:
-                self._subs_at = -1
 
     # -- records
 
@@ -782,8 +759,7 @@ class Store(Recall):
             return
         upto = b""
         if self._said != self._upto:
-            upto = bytearray(7)
-            pack_into("<BHI", upto, 0, _UPTO, self._upto, self._unfinished_at() & _NOWHERE)
+            upto = pack("<BHi", _UPTO, self._upto, self._unfinished_at())
         self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
         self._urgent = False
         self._used = 0
@@ -794,9 +770,9 @@ class Store(Recall):
         """The position from which on all unfinished messages can be found, -1 if it is not known."""
         session = self.session
         packet_id = self._upto
-        if session.ahead(self._taken, packet_id) <= 2 * self._most:
+        if (self._taken - packet_id) % _IDS <= 2 * self._most:
             while packet_id != self._taken:
-                packet_id = session.back(packet_id, -1)
+                packet_id = packet_id % _IDS + 1
                 where = session.out.get(packet_id, 0)
                 if where > 3 and where & 3 != _REL:
                     return where >> 2

@@ -35,6 +35,7 @@ _UNKNOWN_ID = const(0x92)
 _TOO_LARGE = const(0x95)
 _QUOTA = const(0x97)
 # As in session.
+_IDS = const(65023)
 _PUB1 = const(1)
 _PUB2 = const(2)
 _REL = const(3)
@@ -375,13 +376,11 @@ class Store5(Store):
         """A message is finished, but not by what Store knows.  To be called after _ready()."""
         self.session.out.pop(packet_id, None)
         self.session.released.discard(packet_id)
-        self._done(packet_id)
-        if self.finished:
-            self.finished(packet_id, result)
+        self._done(packet_id, result)
 
     def in_flight(self):
         """How many messages that have been sent wait for their end, but for those that are to be sent anew."""
-        ours = len(self.session.out) - self.session.ahead(self._taken, self._sent_to) - len(self._later)
+        ours = len(self.session.out) - (self._taken - self._sent_to) % _IDS - len(self._later)
         return ours + self._beside
 
     def beside(self, change):

@@ -167,10 +167,10 @@ def summary(journal):
 def facts(store):
     """The same of a store."""
     session = store.session
-    queued = [session.back(session.newest, n) for n in range(store.queued())]
+    queued = [(session.newest - n - 1) % 65023 + 1 for n in range(store.queued)]
     window = [n for n in session.out if session.out[n]]
     return {
-        "waiting": sorted(window + queued, key=lambda n: -session.ahead(session.newest, n)),
+        "waiting": sorted(window + queued, key=lambda n: (n - session.newest - 1) % 65023),
         "released": sorted([n for n in window if session.out[n] & 3 == tool.RELEASED]),
         "mark": store.mark,
         "inbound": sorted(session.held),
