@@ -28,9 +28,6 @@ _SHORT = const(96)  # bytes of the longest of these
 len = len  # MicroPython finds it sooner here than behind all the other built-in names
 _checked = {}  # such a name, as it was given -> its UTF-8 bytes
 
-# Remaining length and flags a packet of this type must have when it comes from a server; -1: checked by its parser.
-_FIXED = {CONNACK: 2, PUBACK: 2, PUBREC: 2, PUBREL: 2, PUBCOMP: 2, UNSUBACK: 2, PINGRESP: 0, PUBLISH: -1, SUBACK: -1}
-
 
 def utf8(data):
     """Return data (bytes-like) as str; ValueError if it is not the UTF-8 of MQTT [MQTT-1.5.3-1, -2].
@@ -47,23 +44,28 @@ def utf8(data):
         n = 0
         for char in text:
             c = ord(char)
-            if 0xD800 <= c < 0xE000 or c > 0x10FFFF:
-                raise ValueError("not a character")
-            n += 1 if c < 0x80 else 2 if c < 0x800 else 3 if c < 0x10000 else 4
+            if c < 0xD800 or 0xDFFF < c < 0x110000:  # a character, in its shortest form
+                n += 1 if c < 0x80 else 2 if c < 0x800 else 3 if c < 0x10000 else 4
         if n != len(data):
-            raise ValueError("overlong UTF-8")
+            raise ValueError("not UTF-8")
     return text
 
 
-def _text(value, what):
-    """Return value (str or bytes) as checked UTF-8 bytes of at most 65535; ValueError names what."""
+def _data(value, what, least=0):
+    """Return value (str or bytes) as bytes, least to 65535 of them; ValueError names what."""
     data = value.encode() if isinstance(value, str) else value
+    if not least <= len(data) <= 65535:
+        raise ValueError("%s: found %d bytes, expected %d-65535" % (what, len(data), least))
+    return data
+
+
+def _text(value, what, least=0):
+    """As _data(), and checked: UTF-8."""
+    data = _data(value, what, least)
     try:
         utf8(data)
     except ValueError as e:
         raise ValueError("%s: %s" % (what, e))
-    if len(data) > 65535:
-        raise ValueError("%s: longer than 65535 bytes" % what)
     return data
 
 
@@ -79,11 +81,9 @@ def check_topic(topic_name):
         data = None
         topic_name = bytes(topic_name)
     if data is None:
-        data = _text(topic_name, "topic name")
-        if not data:
-            raise ValueError("topic name: empty")
+        data = _text(topic_name, "topic name", 1)
         if b"+" in data or b"#" in data:
-            raise ValueError("topic name: a wildcard belongs in a topic filter")
+            raise ValueError("topic name: found a wildcard")
         if len(data) <= _SHORT:
             if len(_checked) >= _KNOWN:
                 _checked.clear()
@@ -97,15 +97,14 @@ def check_filter(topic_filter):
     Raises ValueError if it is empty, longer than 65535 bytes, ill-formed or has a misplaced wildcard.
     MQTT 3.1.1 section 4.7.1 [MQTT-4.7.1-2, -3].
     """
-    data = _text(topic_filter, "topic filter")
-    if not data:
-        raise ValueError("topic filter: empty")
+    data = _text(topic_filter, "topic filter", 1)
     levels = data.split(b"/")
-    for i, level in enumerate(levels):
-        if b"#" in level and (level != b"#" or i + 1 != len(levels)):
-            raise ValueError("topic filter: # must be a whole level and the last one")
-        if b"+" in level and level != b"+":
-            raise ValueError("topic filter: + must be a whole level")
+    wrong = b"#" in levels[:-1]
+    for level in levels:
+        if len(level) > 1 and (b"+" in level or b"#" in level):
+            wrong = True
+    if wrong:
+        raise ValueError("topic filter: + and # must be whole levels, # the last one")
     return data
 
 
@@ -117,14 +116,15 @@ def matches(topic_filter, topic_name):
         return False  # [MQTT-4.7.2-1]
     want = topic_filter.split("/")
     have = topic_name.split("/")
+    if want[-1] == "#":  # "a/#" matches "a"
+        want.pop()
+        have = have[: len(want)]
+    if len(want) != len(have):
+        return False
     for i, level in enumerate(want):
-        if level == "#":
-            return True
-        if i == len(have) or level not in ("+", have[i]):
+        if level != "+" and level != have[i]:
             return False
-        if i + 1 == len(have) and want[i + 1 :] == ["#"]:
-            return True  # "a/#" matches "a"
-    return len(want) == len(have)
+    return True
 
 
 def put_fixed_header(buf, off, first, remaining_length):
@@ -186,40 +186,38 @@ def _packet(first, body):
     return bytes(head[: put_fixed_header(head, 0, first, len(body))]) + body
 
 
-def encode_connect(client_id, clean_session, keep_alive_s, username=None, password=None, will=None):
+def encode_connect(
+    client_id, clean_session, keep_alive_s, username=None, password=None, will=None, properties=b"", will_properties=b""
+):
     """Return a CONNECT.  MQTT 3.1.1 section 3.1.
 
     client_id: str or bytes, empty only with clean_session.  keep_alive_s: 0-65535, 0 is off.
     will: None or (topic_name, payload, qos, retain).  Raises ValueError for a bad argument.
+    properties, will_properties: encoded, for MQTT 5, which takes an empty client_id, and a password without a username.
     """
-    client_id = _text(client_id, "client_id")
-    if not client_id and not clean_session:
-        raise ValueError("client_id: empty needs a clean session")  # [MQTT-3.1.3-7]
+    body = properties + _field(_text(client_id, "client_id"))
+    if not properties:
+        if not client_id and not clean_session:
+            raise ValueError("client_id: empty needs a clean session")  # [MQTT-3.1.3-7]
+        if password is not None and username is None:
+            raise ValueError("password: needs a username")  # [MQTT-3.1.2-22]
     if not 0 <= keep_alive_s <= 65535:
         raise ValueError("keep_alive_s: not within 0-65535")
-    if password is not None and username is None:
-        raise ValueError("password: needs a username")  # [MQTT-3.1.2-22]
     flags = 2 if clean_session else 0
-    body = _field(client_id)
     if will is not None:
         topic_name, payload, qos, retain = will
-        payload = payload.encode() if isinstance(payload, str) else payload
         if qos not in (0, 1, 2):
             raise ValueError("will qos: not 0, 1 or 2")
-        if len(payload) > 65535:
-            raise ValueError("will payload: longer than 65535 bytes")
         flags |= 4 | qos << 3 | (32 if retain else 0)
-        body += _field(check_topic(topic_name)) + _field(payload)
+        body += will_properties + _field(check_topic(topic_name)) + _field(_data(payload, "will payload"))
     if username is not None:
         flags |= 128
         body += _field(_text(username, "username"))
     if password is not None:
-        password = password.encode() if isinstance(password, str) else password
-        if len(password) > 65535:
-            raise ValueError("password: longer than 65535 bytes")
         flags |= 64
-        body += _field(password)
-    return _packet(16, b"\x00\x04MQTT\x04" + bytes((flags, keep_alive_s >> 8, keep_alive_s & 255)) + body)
+        body += _field(_data(password, "password"))
+    head = bytes((5 if properties else 4, flags, keep_alive_s >> 8, keep_alive_s & 255))
+    return _packet(16, b"\x00\x04MQTT" + head + body)
 
 
 def encode_publish(topic_name, payload, retain=False):
@@ -326,7 +324,7 @@ class Decoder:
                         self.packet_id = n
                         self.type = PUBACK
                         return PUBACK
-            elif first >> 4 == PUBLISH and n < 128 and at + n <= stop and n + 2 <= self._limit:
+            elif 0x30 <= first < 0x36 and n < 128 and at + n <= stop and n + 2 <= self._limit:  # PUBLISH, no DUP
                 stop = at + n
                 self.start = stop
                 self.type = PUBLISH
@@ -345,12 +343,14 @@ class Decoder:
                 return 0
         at = self.start
         end = self.end
-        if end - at < 2:
-            self.missing = 2 - (end - at)
+        have = end - at
+        if have < 2:
+            self.missing = 2 - have
             return 0
         first = buf[at]
         kind = first >> 4
-        if kind != PUBLISH and first & 15 != (2 if kind == PUBREL else 0):  # [MQTT-2.2.2-2]
+        # A bit for each value of the flags that a packet of this type may have [MQTT-2.2.2-2, 3.3.1-2, 3.3.1-4].
+        if not (0x3C3F if kind == PUBLISH else 4 if kind == PUBREL else 1) >> (first & 15) & 1:
             raise ProtocolError("flags %d in packet type %d" % (first & 15, kind))
         i = at + 1
         length = buf[i]
@@ -373,19 +373,20 @@ class Decoder:
         total = i - at + length
         if total > self._limit:
             return self._oversize(first, i, length)
-        fixed = _FIXED.get(kind)
-        if fixed is None:
+        # Remaining length that a packet of this type has when it comes from a server; \xfe: more than one, \xff: none.
+        fixed = b"\xff\xff\x02\xfe\x02\x02\x02\x02\xff\xfe\xff\x02\xff\x00\xff\xff"[kind]
+        if fixed == 255:
             raise ProtocolError("packet type %d from a server" % kind)
-        if fixed >= 0 and length != fixed:
+        if (length < 3 if kind == SUBACK else length != fixed and kind != PUBLISH):
             raise ProtocolError("remaining length %d in packet type %d" % (length, kind))
-        if end - at < total:
-            self.missing = total - (end - at)
+        if have < total:
+            self.missing = total - have
             if total > len(buf):
                 grown = memoryview(bytearray(total))
-                grown[: end - at] = buf[at:end]
+                grown[:have] = buf[at:end]
                 self._buf = grown
                 self.start = 0
-                self.end = end - at
+                self.end = have
             return 0
         stop = i + length
         self.start = stop
@@ -399,15 +400,11 @@ class Decoder:
             if buf[i] > 1 or (buf[i] and self.return_code):  # [MQTT-3.2.2-4]
                 raise ProtocolError("CONNACK flags %d with return code %d" % (buf[i], self.return_code))
         elif kind != PINGRESP:
-            if length < 2:
-                raise ProtocolError("packet type %d without a packet identifier" % kind)
             self.packet_id = buf[i] << 8 | buf[i + 1]
             if not self.packet_id:
                 raise ProtocolError("packet identifier 0")
             if kind == SUBACK:
                 self.payload = buf[i + 2 : stop]
-                if length < 3:
-                    raise ProtocolError("SUBACK without a return code")
                 for code in self.payload:
                     if code > 2 and code != 128:  # [MQTT-3.9.3-2]
                         raise ProtocolError("SUBACK return code %d" % code)
@@ -417,14 +414,8 @@ class Decoder:
         """Parse topic name and packet identifier at i; return the offset of the payload."""
         # In a frame of 11 words, too.
         buf = self._buf
-        if i + 2 > stop:
-            raise ProtocolError("PUBLISH without a topic name")
-        n = buf[i] << 8 | buf[i + 1]
+        n = buf[i] << 8 | buf[i + 1] if i + 2 <= stop else 0
         i += 2
-        if self.flags & 6 == 6:
-            raise ProtocolError("PUBLISH with QoS 3")  # [MQTT-3.3.1-4]
-        if self.flags & 14 == 8:
-            raise ProtocolError("PUBLISH with DUP and QoS 0")  # [MQTT-3.3.1-2]
         if not n or i + n + (2 if self.flags & 6 else 0) > stop:
             raise ProtocolError("PUBLISH with a topic name of %d bytes" % n)
         if buf[i : i + n] != self.name:  # else it is that of the message before
@@ -440,24 +431,24 @@ class Decoder:
 
     def _new_name(self, name):
         try:
-            self.topic = utf8(name)
+            topic = self.topic = utf8(name)
+            if "+" in topic or "#" in topic:
+                raise ValueError("a wildcard")
         except ValueError as e:
             raise ProtocolError("PUBLISH topic name: %s" % e)
-        if "+" in self.topic or "#" in self.topic:
-            raise ProtocolError("PUBLISH with a wildcard in its topic name")
         self.name = bytes(name)
 
     def _oversize(self, first, i, length):
         """A packet over the limit: a PUBLISH is announced as soon as its head is here.  In MQTT 5 all come here."""
-        if first >> 4 != PUBLISH:
-            raise ProtocolError("packet type %d of %d bytes" % (first >> 4, length))
-        self.flags = first & 15
-        self.missing = 2 - (self.end - i)
-        if self.missing > 0:
-            return 0
-        head = 2 + (self._buf[i] << 8 | self._buf[i + 1]) + 2
+        head = length  # of what is no PUBLISH it is all
+        if first >> 4 == PUBLISH:
+            self.flags = first & 15
+            self.missing = 2 - (self.end - i)
+            if self.missing > 0:
+                return 0
+            head = 2 + (self._buf[i] << 8 | self._buf[i + 1]) + 2
         if i - self.start + head > min(self._limit, self._size):
-            raise ProtocolError("PUBLISH with a head of %d bytes" % head)
+            raise ProtocolError("packet type %d with a head of %d bytes" % (first >> 4, head))
         self.missing = min(head, length) - (self.end - i)
         if self.missing > 0:
             return 0

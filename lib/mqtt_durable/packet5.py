@@ -17,7 +17,6 @@ from .packet import (  # noqa: F401
     PINGREQ_BYTES,
     _field,
     _packet,
-    _text,
     check_topic,
     put_fixed_header,
     put_publish_head,
@@ -140,31 +139,14 @@ def encode_connect(client_id, clean_start, keep_alive_s, username=None, password
     will: None or (topic_name, payload, qos, retain[, properties]).  A password needs no username.
     Raises ValueError for a bad argument.
     """
-    client_id = _text(client_id, "client_id")
-    if not 0 <= keep_alive_s <= 65535:
-        raise ValueError("keep_alive_s: not within 0-65535")
-    flags = 2 if clean_start else 0
-    body = encode(properties, _CONNECT) + _field(client_id)
+    will_properties = b""
     if will is not None:
-        topic_name, payload, qos, retain = will[:4]
-        payload = payload.encode() if isinstance(payload, str) else payload
-        if qos not in (0, 1, 2):
-            raise ValueError("will qos: not 0, 1 or 2")
-        if len(payload) > 65535:
-            raise ValueError("will payload: longer than 65535 bytes")
-        flags |= 4 | qos << 3 | (32 if retain else 0)
-        body += encode(will[4] if len(will) > 4 else None, _WILL)
-        body += _field(check_topic(topic_name)) + _field(payload)
-    if username is not None:
-        flags |= 128
-        body += _field(_text(username, "username"))
-    if password is not None:
-        password = password.encode() if isinstance(password, str) else password
-        if len(password) > 65535:
-            raise ValueError("password: longer than 65535 bytes")
-        flags |= 64
-        body += _field(password)
-    return _packet(16, b"\x00\x04MQTT\x05" + bytes((flags, keep_alive_s >> 8, keep_alive_s & 255)) + body)
+        will_properties = encode(will[4] if len(will) > 4 else None, _WILL)
+        will = will[:4]
+    block = encode(properties, _CONNECT)
+    return packet.encode_connect(
+        client_id, clean_start, keep_alive_s, username, password, will, block, will_properties
+    )
 
 
 def encode_publish(topic_name, payload, retain=False, properties=None, topic_alias=0):
@@ -367,10 +349,6 @@ class Decoder5(packet.Decoder):
         """Parse topic name, packet identifier and properties at i; return the offset of the payload."""
         buf = self._buf
         qos = self.flags & 6
-        if qos == 6:
-            raise Violation(0x81, "PUBLISH with QoS 3")  # [MQTT-3.3.1-4]
-        if self.flags & 14 == 8:
-            raise Violation(0x81, "PUBLISH with DUP and QoS 0")  # [MQTT-3.3.1-2]
         n = buf[i] << 8 | buf[i + 1] if i + 2 <= stop else stop
         i += 2
         if i + n + (2 if qos else 0) > stop:
