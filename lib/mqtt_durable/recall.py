@@ -175,10 +175,6 @@ class Recall:
             del out[self._taken]
         return self._taken
 
-    def _take_to(self, packet_id):
-        while self._is_queued(packet_id) and self._take():
-            pass
-
     # -- PUB records
 
     def _topic(self, pos):
@@ -214,15 +210,6 @@ class Recall:
         self._found_subscriptions()
         self._asked = False
         return gone
-
-    def _look_for_oldest(self):
-        session = self.session
-        newest = session.newest
-        # What is finished may stand in the queue while mounting, and then what is queued in front of it is older.
-        most = self.queued()
-        for packet_id in session.out:
-            most = max(most, (newest - packet_id) % _IDS + 1)
-        self._upto = (newest - most - 1) % _IDS + 1
 
     # -- carrying
 
@@ -313,29 +300,6 @@ class Recall:
                 self._subs_at = journal.copy(self._subs_at)
             except JournalCorrupt:
                 self._found_subscriptions()  # they will be made again
-
-    def moved(self, kind, body):
-        if kind == _SUBS:
-            self._found_subscriptions()
-        if kind & 0xB0 != _PUB:
-            return body
-        packet_id = body[0] | body[1] << 8
-        session = self.session
-        if packet_id == session.newest and self._is_queued(packet_id):
-            session.newest = (packet_id - 2) % _IDS + 1
-        elif session.out.get(packet_id, 0) & 3 != _REL:
-            session.out.pop(packet_id, None)
-        ref = body[2] >> 6 | body[3] << 2
-        if not ref:
-            return body
-        topic = self._topic(self.journal.head << 12 | ref << 2)
-        if topic is None:
-            return None
-        at = 4 + (kind & 8)
-        head = bytearray(body[:at])
-        head[2] &= _UNSAID
-        head[3] = 0
-        return bytes(head) + pack("<H", len(topic)) + topic + bytes(body[at:])
 
     def oldest(self):
         places = {self._subs_at}

@@ -1,6 +1,6 @@
 """The mounting of the store's journal: what its records and snapshots say is taken up.  Their layout is recall.py's."""
 
-from struct import unpack_from
+from struct import pack, unpack_from
 
 from micropython import const
 
@@ -21,19 +21,75 @@ _DONE = const(1)
 _RELEASED = const(2)
 _RECEIVED = const(3)
 _INDONE = const(4)
+_AHEAD = const(1024)
 
 
 def mount(store):
-    """Mount the journal of a store, which is its owner, and take up what is there.  OSError only from the device."""
-    # These two of the owner's calls only mounting makes.
+    """Mount the journal of a store, which is its owner, and take up what is there; what waits in RAM stays there.
+
+    OSError only from the device.
+    """
+    # These three of the owner's calls only mounting makes.
     store.restore = lambda state: _restore(store, state)
     store.replay = lambda kind, pos: _replay(store, kind, pos)
-    if hasattr(store, "replay_more"):  # store5 has more in its journal
-        store.replay_more()
+    store.moved = lambda kind, body: _moved(store, kind, body)
+    session = store.session
+    store._mounting = True
     try:
+        if hasattr(store, "replay_more"):  # store5 has more in its journal
+            store.replay_more()
         store.journal.mount(store)
+        out = session.out
+        for packet_id in list(out):
+            _take_to(store, packet_id)
+            if not out.get(packet_id, 1):
+                del out[packet_id]
     finally:
-        store.restore = store.replay = None  # deleted, an object of MicroPython keeps hold of them
+        store._mounting = False
+        store.restore = store.replay = store.moved = None  # deleted, an object of MicroPython keeps hold of them
+    store._cut = 0 if store.journal.closed else session.newest
+    store._recorded = session.newest
+    if store._held:
+        _take_up_held(store)
+    _look_for_oldest(store)
+    store._said = store._upto
+
+
+def _take_up_held(store):
+    """The messages in RAM go into the window again, but for those whose records were found."""
+    session = store.session
+    held = session.order(store._held)
+    if store._unknown:  # a journal without any record: its identifiers begin with theirs
+        session.newest = store._taken = store._recorded = (held[-1] - 2) % _IDS + 1
+        store._unknown = False
+    for packet_id in reversed(held):
+        if store.is_live(packet_id):
+            store._drop_held(packet_id)
+            continue
+        if _is_new(session, packet_id):
+            _take_to(store, session.newest)  # after damage only is there a queue
+            session.newest = store._taken = packet_id
+        session.out[packet_id] = 1
+
+
+def _is_new(session, packet_id):
+    """Whether packet_id was given out after the newest known here."""
+    return 0 < (packet_id - session.newest) % _IDS < _AHEAD
+
+
+def _take_to(store, packet_id):
+    while store._is_queued(packet_id) and store._take():
+        pass
+
+
+def _look_for_oldest(store):
+    session = store.session
+    newest = session.newest
+    # What is finished may stand in the queue while mounting, and then what is queued in front of it is older.
+    most = store.queued()
+    for packet_id in session.out:
+        most = max(most, (newest - packet_id) % _IDS + 1)
+    store._upto = (newest - most - 1) % _IDS + 1
 
 
 def _restore(store, state):
@@ -67,7 +123,7 @@ def _restore(store, state):
         i += 2
     if flags & 4:
         store._found_subscriptions(unpack_from("<I", state, i)[0])
-    store._look_for_oldest()
+    _look_for_oldest(store)
 
 
 def _replay(store, kind, pos):
@@ -116,11 +172,11 @@ def _replay_publish(store, kind, pos, packet_id, before):
     if store._unknown:
         newest = session.newest = store._taken = store._upto = before
         store._unknown = False
-    if newest == before or session.is_new(packet_id):
+    if newest == before or _is_new(session, packet_id):
         if newest != before:
             # Those in between never came to the journal; so there was no queue, only the window.
             if store.queued() <= store._most:
-                store._take_to(newest)
+                _take_to(store, newest)
             if store._taken == newest:
                 store._taken = before
         session.newest = packet_id
@@ -177,7 +233,7 @@ def _replay_facts(store, entries):
             if store._is_queued(packet_id):
                 out[packet_id] = 0
                 if len(out) > 2 * store._most:
-                    store._take_to(packet_id)
+                    _take_to(store, packet_id)
             else:
                 out.pop(packet_id, None)
         elif record == _RELEASED:
@@ -198,9 +254,34 @@ def _replay_facts(store, entries):
             if packet_id:
                 store._found_subscriptions()
         else:  # DROPPED
-            store._take_to(packet_id)
+            _take_to(store, packet_id)
             last = entries[i + 3] | entries[i + 4] << 8
             if store._is_queued(last):
                 store._taken = last
                 store._cursor = unpack_from("<i", entries, i + 5)[0]
         i += sizes[record]
+
+
+def _moved(store, kind, body):
+    """The newest record has to go to another sector: see journal.py."""
+    if kind == _SUBS:
+        store._found_subscriptions()
+    if kind & 0xB0 != _PUB:
+        return body
+    packet_id = body[0] | body[1] << 8
+    session = store.session
+    if packet_id == session.newest and store._is_queued(packet_id):
+        session.newest = (packet_id - 2) % _IDS + 1
+    elif session.out.get(packet_id, 0) & 3 != _REL:
+        session.out.pop(packet_id, None)
+    ref = body[2] >> 6 | body[3] << 2
+    if not ref:
+        return body
+    topic = store._topic(store.journal.head << 12 | ref << 2)
+    if topic is None:
+        return None
+    at = 4 + (kind & 8)
+    head = bytearray(body[:at])
+    head[2] &= _UNSAID
+    head[3] = 0
+    return bytes(head) + pack("<H", len(topic)) + topic + bytes(body[at:])

@@ -95,10 +95,6 @@ class Session:
         self.requests.add(packet_id)
         return packet_id
 
-    def is_new(self, packet_id):
-        """Whether packet_id was given out after the newest known here, when events are replayed."""
-        return 0 < (packet_id - self.newest) % _IDS < _AHEAD
-
     def order(self, packet_ids=()):
         """The identifiers in the window, or these, newest first: the reverse of the order of their PUBLISHes
         [MQTT-4.6.0-1].  What is newer than .newest comes last."""

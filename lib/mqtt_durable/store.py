@@ -109,44 +109,13 @@ class Store(Recall):
     def open(self):
         """Mount the journal and take up what it holds; what waits in RAM stays there.  OSError only from the device."""
         self._forget()
-        self._mounting = True
-        try:
-            once("replay", "mount", self)
-            out = self.session.out
-            for packet_id in list(out):
-                self._take_to(packet_id)
-                if not out.get(packet_id, 1):
-                    del out[packet_id]
-        finally:
-            self._mounting = False
-        self._cut = 0 if self.journal.closed else self.session.newest
-        self._recorded = self.session.newest
-        if self._held:
-            self._take_up_held()
-        self._look_for_oldest()
-        self._said = self._upto
+        once("replay", "mount", self)
 
     def _take_up_sent(self):
         """What may have been sent before a cut goes out with DUP: a window full, and what lost its lazy DONE."""
         while self._cut and self._is_queued(self._cut) and len(self.session.out) < self._most and self._take():
             pass
         self._cut = 0
-
-    def _take_up_held(self):
-        """The messages in RAM go into the window again, but for those whose records were found."""
-        session = self.session
-        held = session.order(self._held)
-        if self._unknown:  # a journal without any record: its identifiers begin with theirs
-            session.newest = self._taken = self._recorded = (held[-1] - 2) % _IDS + 1
-            self._unknown = False
-        for packet_id in reversed(held):
-            if self.is_live(packet_id):
-                self._drop_held(packet_id)
-                continue
-            if session.is_new(packet_id):
-                self._take_to(session.newest)  # after damage only is there a queue
-                session.newest = self._taken = packet_id
-            session.out[packet_id] = 1
 
     def close(self):
         """Record what is pending, then an orderly end.  Raises JournalFull, OSError; all but DONEs is safe already."""
