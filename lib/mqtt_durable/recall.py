@@ -135,6 +135,11 @@ class Recall:
         taken = self._taken
         return 0 < (packet_id - taken) % _IDS <= (self.session.newest - taken) % _IDS
 
+    def is_live(self, packet_id):
+        """Whether the message with this packet identifier still waits for its end."""
+        session = self.session
+        return packet_id in session.out or self._taken != session.newest and self._is_queued(packet_id)
+
     def _find(self):
         """Return the position of the first queued message, loaded, and make it the one taken last; -1 if none."""
         journal = self.journal

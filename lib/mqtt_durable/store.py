@@ -280,11 +280,6 @@ class Store(Recall):
         topic, payload, _ = self._held.pop(packet_id)
         self._held_bytes -= len(topic) + len(payload)
 
-    def is_live(self, packet_id):
-        """Whether the message with this packet identifier still waits for its end."""
-        session = self.session
-        return packet_id in session.out or self._taken != session.newest and self._is_queued(packet_id)
-
     def waiting(self):
         """How many messages wait for their end."""
         return self.queued() + len(self.session.out)
@@ -681,20 +676,17 @@ class Store(Recall):
         return found & 3 if found is not None and found >> 2 == qos else None
 
     def subscribed(self, topic_filter, qos, granted):
-        """SUBACK came.  Losing this only makes a SUBSCRIBE again; so it is for more than 32, or 3 KB, of them."""
+        """SUBACK came.  Losing this only makes a SUBSCRIBE again; so it is for more than 32, or 3 KB, of them.
+
+        granted: None: there is no such subscription any more.
+        """
         subs = dict(self.subscriptions())
-        subs[topic_filter] = qos << 2 | granted
-        if len(subs) <= _MOST_SUBS:
-            self._record_subscriptions(subs)
-
-    def unsubscribing(self, topic_filter):
-        """To be called before UNSUBSCRIBE goes out: afterwards nobody may believe in the subscription."""
-        if topic_filter in self.subscriptions():
-            subs = dict(self.subscriptions())
+        if granted is None:
             del subs[topic_filter]
-            self._record_subscriptions(subs)
-
-    def _record_subscriptions(self, subs):
+        else:
+            subs[topic_filter] = qos << 2 | granted
+        if len(subs) > _MOST_SUBS:
+            return
         body = bytearray()
         for topic_filter, how in subs.items():
             text = topic_filter.encode()
@@ -704,6 +696,11 @@ class Store(Recall):
             pos = self.journal.append(_SUBS, (body,))
             self._subs_at = pos if subs else -1
             self._subs = subs
+
+    def unsubscribing(self, topic_filter):
+        """To be called before UNSUBSCRIBE goes out: afterwards nobody may believe in the subscription."""
+        if topic_filter in self.subscriptions():
+            self.subscribed(topic_filter, 0, None)
 
     # -- records
 
@@ -728,23 +725,20 @@ class Store(Recall):
             return
         upto = b""
         if self._said != self._upto:
-            upto = pack("<BHi", _UPTO, self._upto, self._unfinished_at())
+            # With the position from which on all unfinished messages can be found, -1 if it is not known.
+            pos = -1
+            packet_id = self._upto
+            if (self._taken - packet_id) % _IDS <= 2 * self._most:
+                while pos < 0 and packet_id != self._taken:
+                    packet_id = packet_id % _IDS + 1
+                    where = self.session.out.get(packet_id, 0)
+                    if where > 3 and where & 3 != _REL:
+                        pos = where >> 2
+                if pos < 0 and self.queued():
+                    pos = self._cursor
+            upto = pack("<BHi", _UPTO, self._upto, pos)
         self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
         self._urgent = False
         self._used = 0
         self._said = self._upto
         self._consider()
-
-    def _unfinished_at(self):
-        """The position from which on all unfinished messages can be found, -1 if it is not known."""
-        session = self.session
-        packet_id = self._upto
-        if (self._taken - packet_id) % _IDS <= 2 * self._most:
-            while packet_id != self._taken:
-                packet_id = packet_id % _IDS + 1
-                where = session.out.get(packet_id, 0)
-                if where > 3 and where & 3 != _REL:
-                    return where >> 2
-            if self.queued():
-                return self._cursor
-        return -1
