@@ -298,7 +298,7 @@ class MQTTClient:
         try:
             sock.settimeout(self._limit_ms / 1000)
             try:
-                sock.setsockopt(6, 1, 1)  # as in transport.at_once()
+                sock.setsockopt(6, 1, 1)  # as in transport.dial()
             except OSError:
                 pass
             sock.connect(address)
