@@ -1099,6 +1099,50 @@ def test_a_message_over_the_limit_is_acknowledged_and_counted():
     play(scenario)
 
 
+def test_silence_behind_a_message_over_the_limit_is_no_half_packet():
+    def scenario(rig):
+        for limit in (100, 1000):  # it comes in one piece; in many
+            c = rig.connected(limit_bytes=limit, keepalive=60)
+            rig.broker.say(publish("t", b"z" * (limit + 20)))
+            rig.clock.after(100000, lambda: rig.broker.say(publish("t", b"b")))
+            c.wait_msg()
+            assert rig.got.pop() == (b"t", b"b") and c.too_large == 1 and c.last_error is None
+
+    play(scenario)
+
+
+def test_half_a_message_over_the_limit_is_half_a_packet():
+    def scenario(rig):
+        c = rig.connected(limit_bytes=1000)
+        rig.broker.say(publish("t", b"z" * 5000)[:3000])
+        assert raises(OSError, c.wait_msg).args[0] == simple.ETIMEDOUT
+
+    play(scenario)
+
+
+def test_a_callback_that_fails_after_a_call_of_its_own_was_broken_off_leaves_the_connection_as_it_was():
+    def scenario(rig):
+        c = rig.connected()
+
+        def callback(topic, msg):
+            readinto = rig.broker.link.readinto
+
+            def struck(view, n):
+                rig.broker.link.readinto = readinto
+                raise MemoryError
+
+            rig.broker.link.readinto = struck
+            raises(MemoryError, c.check_msg)
+            raise OSError(5)  # a sensor's
+
+        c.set_callback(callback)
+        rig.broker.say(publish("t", b"a"))
+        assert raises(OSError, c.wait_msg).args[0] == 5
+        assert c._up and c.last_error is None
+
+    play(scenario)
+
+
 def test_a_large_message_goes_out_whole_over_a_link_that_takes_little_at_a_time():
     def scenario(rig):
         c = rig.connected()

@@ -614,7 +614,7 @@ class MQTTClient:
             if n:
                 self._begun = False
                 return n
-            self._begun = True
+            self._begun = decoder.left > 0 or decoder.start != decoder.end  # not behind one that was too large
             most = decoder.missing
         while True:
             space = decoder.space()
@@ -639,10 +639,10 @@ class MQTTClient:
             if n:
                 self._begun = False
                 return n
-            self._begun = True
+            self._begun = decoder.left > 0 or decoder.start != decoder.end
             most = decoder.missing
             if wait_ms:
-                wait_ms = self._limit_ms
+                wait_ms = self._limit_ms if self._begun else _PULSE_MS
 
     def _step(self, wait_ms):
         """Handle one packet if it begins within wait_ms; return its first byte, of a PUBLISH only if it was delivered,
@@ -726,6 +726,7 @@ class MQTTClient:
             cb(self._decoder.name, bytes(self._decoder.payload))
         finally:
             self._depth -= 1
+            self._ours = False  # a call of the callback's own may have been broken off
         if until_ms is not None:
             began = time.ticks_diff(time.ticks_ms(), began)
             self._until_ms = time.ticks_add(until_ms, began)
