@@ -139,6 +139,22 @@ def wrap(owner, name, function):
 # Connecting.
 
 
+def test_async_with_calls_the_start_of_a_class_derived_from_it():
+    class Mine(Client):
+        async def start(self):
+            self.begun = True
+            await super().start()
+
+    async def scenario(rig):
+        mine = Mine.__new__(Mine, {"broker": {}})
+        mine._run_task = rig.client  # has been started
+        async with mine as client:
+            assert client is mine and client.begun
+            client._run_task = None
+
+    play(scenario, start=False)
+
+
 def test_first_connect_is_retried_until_the_broker_is_there():
     async def scenario(rig):
         await rig.broker.stop()

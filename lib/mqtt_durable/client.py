@@ -199,7 +199,9 @@ class Client:
             self._run_task = asyncio.create_task(self._run())
         return self
 
-    __aenter__ = start
+    async def __aenter__(self):
+        await self.start()  # not an alias of it: a derived class may have its own
+        return self
 
     async def __aexit__(self, *_):
         await self.close()
