@@ -123,6 +123,7 @@ class Client:
     _goodbye = DISCONNECT_BYTES
     _on_other = None  # takes what is neither PUBLISH nor an answer to a request, in place of store.on_ack()
 
+    _made = False
     _Message = Message
     _Store = Store
 
@@ -134,7 +135,8 @@ class Client:
         return object.__new__(cls)
 
     def __init__(self, config, *arguments, **more):
-        if not hasattr(self, "log"):  # CPython does it again for a Client5
+        if not self._made:  # CPython does it again for a Client5
+            self._made = True
             once("opening", "make", self, config, *arguments, **more)
             self.messages = _Messages(self)
 
@@ -831,7 +833,7 @@ class Client:
                 self._handling = None
                 return True
         except (Exception, asyncio.CancelledError) as e:
-            self._handler_failed(e, topic)
+            self._handler_failed(e, "handler of " + topic)
         if qos:
             self._handled(message)
         self._handling = None
@@ -959,20 +961,20 @@ class Client:
                 fault = "the broker takes nothing"
             elif self._ping_at is not None:
                 # PINGRESP comes behind all that the broker has queued for us.
-                if time.ticks_diff(now, self._ping_at) > (answer_ms if silent_ms > answer_ms else 6 * answer_ms):
+                most_ms = answer_ms if silent_ms > answer_ms else 6 * answer_ms
+                if time.ticks_diff(now, self._ping_at) > most_ms:
                     fault = "the broker no longer answers"
             if fault and suspect:
                 raise OSError(errno.ETIMEDOUT, fault)
             suspect = fault  # not at once: the loop may have been blocked, with the answer there unread
             if self._ping_at is None and (
                 (keep_alive_ms and time.ticks_diff(now, self._last_sent) >= keep_alive_ms * 3 // 4)
-                # What the broker has something to answer to.
+                # The broker owes an answer: a link that swallows all is noticed long before the keep-alive is over.
                 or (
                     silent_ms > answer_ms
                     and (store.waiting() or self._requests or (self._files and self._files.upload))
                 )
             ):
-                # The second case: a link that swallows everything is noticed long before the keep-alive is over.
                 self._ping_at = now
                 self._outbox.insert(0, PINGREQ_BYTES)
                 self._wake.set()
@@ -1127,9 +1129,9 @@ class Client:
                     # the handler has waited for.
                     if self._leaving or getattr(asyncio.current_task(), "cancelling", int)():
                         raise
-                    self._handler_failed(e, topic)
+                    self._handler_failed(e, "handler of " + topic)
                 except Exception as e:
-                    self._handler_failed(e, topic)
+                    self._handler_failed(e, "handler of " + topic)
             while message._flags & 6 and self.connected and not store.can_answer():
                 await self._room()
             if message._flags & 6:
@@ -1170,9 +1172,9 @@ class Client:
             self._arrived.clear()
             await self._arrived.wait()
 
-    def _handler_failed(self, error, topic):
+    def _handler_failed(self, error, what):
         self.handler_errors += 1
-        self.log.add(_ERROR, "handler of " + topic, error, True)
+        self.log.add(_ERROR, what, error, True)
 
 
 async def given(packet_id, error=None):

@@ -425,7 +425,7 @@ class Journal:
             a,
             b,
             rest,
-            ring=self,
+            journal=self,
             write=self._device.writeblocks,
             whole=self._whole,
             page=self._page,
@@ -436,12 +436,12 @@ class Journal:
             length=len,
         ):
             n = length(rest) + 4
-            off = ring._off
-            unit = ring._unit
+            off = journal._off
+            unit = journal._unit
             size = (n + 7 + unit) & -unit
-            if n > 248 or off + size > ring._put_end:
+            if n > 248 or off + size > journal._put_end:
                 return 0
-            sector = ring.head
+            sector = journal.head
             begin = off & (_PAGE - 1)
             end = begin + size
             i = begin + 8
@@ -449,7 +449,7 @@ class Journal:
             try:
                 fill("<BBHHH", page, begin, kind, kind ^ n ^ 0xA5, n, a, b)
                 page[i:stop] = rest
-                fill("<I", page, stop, crc(page[begin:stop], ring._head_crc))
+                fill("<I", page, stop, crc(page[begin:stop], journal._head_crc))
                 if end <= _PAGE:
                     if whole:
                         write(sector, page1, off - begin)
@@ -463,10 +463,10 @@ class Journal:
                     # Each page is blank where the other is not.
                     page2[:end] = page[:end]
                     page[begin:_PAGE] = page2[begin:]
-                ring._off = off + size
+                journal._off = off + size
             except:  # noqa: E722  the newest sector ends in half a record
-                ring.usable = False
-                ring._put_end = 0
+                journal.usable = False
+                journal._put_end = 0
                 raise
             return sector << 12 | off
 

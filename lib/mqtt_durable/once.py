@@ -1,4 +1,4 @@
-"""Code that is needed at the start and then no more: loaded for one call, and out of the heap again.
+"""Code needed at the start, or after a failure, and then no more: loaded for one call, and out of the heap again.
 
 What runs from .mpy files lies in the heap as long as its module is loaded.  A module for this keeps nothing of its own,
 and gives out no object that has its code: a class that has to stay is in another one, which stays loaded.

@@ -605,7 +605,8 @@ class MQTTClient:
     def _next(self, wait_ms):
         """Return the type of the next packet, 0 if none has begun within wait_ms, or with 0 if it is not whole yet.
 
-        Reads not a byte beyond it: a program may poll .sock.  Raises OSError, ProtocolError.
+        Reads not a byte beyond it, but for two behind a PINGRESP not asked for: a program may poll .sock.
+        Raises OSError, ProtocolError.
         """
         decoder = self._decoder
         most = 4 if self._ping_at is None else 2  # only a PINGRESP is shorter than 4 bytes
@@ -645,8 +646,8 @@ class MQTTClient:
                 wait_ms = self._limit_ms if self._begun else _PULSE_MS
 
     def _step(self, wait_ms):
-        """Handle one packet if it begins within wait_ms; return its first byte, of a PUBLISH only if it was delivered,
-        else 0.  Raises what the callback raises, and while ._ours, for _lost(), what ends the connection."""
+        """Handle one packet if it begins within wait_ms; return its type << 4, of a PUBLISH its first byte if it was
+        delivered, else 0.  Raises what the callback raises, and while ._ours, for _lost(), what ends the connection."""
         if not self._up:
             self._check()
         self._ours = True
