@@ -39,6 +39,13 @@ def without(name, function):
             setattr(sys.modules[package], leaf, module)
 
 
+def alive():
+    if sys.implementation.name != "micropython":
+        raise SkipTest("CPython does not tell")
+    gc.collect()
+    return gc.mem_alloc()
+
+
 def gone(name, package):
     return name not in sys.modules and name.rpartition(".")[2] not in package.__dict__
 
@@ -84,12 +91,6 @@ def test_a_module_that_is_not_there_is_an_import_error():
 
 
 def test_the_heap_has_the_code_back():
-    if sys.implementation.name != "micropython":
-        raise SkipTest("CPython does not tell")
-
-    def alive():
-        gc.collect()
-        return gc.mem_alloc()
 
     def body():
         once("config", "check", 1)  # names stay
@@ -104,15 +105,9 @@ def test_the_heap_has_the_code_back():
 
 
 def test_a_store_does_not_keep_the_code_that_has_mounted_it():
-    if sys.implementation.name != "micropython":
-        raise SkipTest("CPython does not tell")
     from mqtt_durable.flash.ram import RamDevice
     from mqtt_durable.journal import Journal
     from mqtt_durable.store import Store
-
-    def alive():
-        gc.collect()
-        return gc.mem_alloc()
 
     def body():
         __import__("mqtt_durable.replay")
@@ -129,14 +124,8 @@ def test_a_store_does_not_keep_the_code_that_has_mounted_it():
 
 
 def test_a_journal_does_not_keep_the_code_that_has_mounted_it():
-    if sys.implementation.name != "micropython":
-        raise SkipTest("CPython does not tell")
     from ledger import Ledger
     from mqtt_durable.flash.ram import RamDevice
-
-    def alive():
-        gc.collect()
-        return gc.mem_alloc()
 
     def body():
         ledger = Ledger(RamDevice(16384))  # names stay
