@@ -167,7 +167,7 @@ def summary(journal):
 def facts(store):
     """The same of a store."""
     session = store.session
-    queued = [(session.newest - n - 1) % 65023 + 1 for n in range(store.queued)]
+    queued = [(session.newest - n - 1) % 65023 + 1 for n in range(store.queued())]
     window = [n for n in session.out if session.out[n]]
     return {
         "waiting": sorted(window + queued, key=lambda n: (n - session.newest - 1) % 65023),
