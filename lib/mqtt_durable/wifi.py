@@ -46,8 +46,10 @@ class Wifi:
             self._leave()
             await self._sleep_ms(_PAUSE_MS)
             try:
-                password = self._settings["password"]
-                wlan.connect(self._settings["ssid"], *(() if password is None else (password,)))
+                if self._settings["password"] is None:
+                    wlan.connect(self._settings["ssid"])
+                else:
+                    wlan.connect(self._settings["ssid"], self._settings["password"])
                 began = self._ticks_ms()
                 while time.ticks_diff(self._ticks_ms(), began) < _ATTEMPT_MS:
                     await self._sleep_ms(_POLL_MS)
