@@ -240,10 +240,10 @@ def encode_unsubscribe(packet_id, topic_filter):
 class Decoder:
     """Cuts the stream from a broker into packets, in one buffer that is used again and again.
 
-    Read from the socket into space(), tell fed(n) or add n to .end, then call next() until it returns 0.  Bytes .start
-    to .end of the buffer are those that it has not taken yet.  What next() leaves in the fields below is valid until
-    the next call of space() or next().  After a 0, .missing is how many bytes the packet lacks at least: who reads no
-    more than that leaves the next packet in the socket.
+    Read from the socket into space(), tell fed(n), then call next() until it returns 0.  Bytes .start to .end of the
+    buffer are those that it has not taken yet.  What next() leaves in the fields below is valid until the next call of
+    space() or next().  After a 0, .missing is how many bytes the packet lacks at least: who reads no more than that
+    leaves the next packet in the socket.
 
     size: bytes of the buffer, at least 8.  limit: the largest packet taken whole, in bytes; the buffer grows to such
     a packet and shrinks again.  A larger PUBLISH is announced with .payload None and .left bytes of payload to come:

@@ -506,7 +506,7 @@ class MQTTClient:
             if n:
                 self._put(send, n)
             self._up = True
-            if not n:
+            if not n or not self.store.due():
                 return
 
     def _write(self, data):
@@ -586,11 +586,7 @@ class MQTTClient:
         """
         done = -1
         store = self.store
-        while (
-            (packet_id in store.session.out or store.is_live(packet_id))
-            if request is None
-            else self._requests.get(packet_id) is request
-        ):
+        while store.is_live(packet_id) if request is None else self._requests.get(packet_id) is request:
             if store.acknowledged != done:
                 done = store.acknowledged
                 left_ms = self._limit_ms
@@ -634,7 +630,7 @@ class MQTTClient:
                 most = self.sock.readinto(space[n:], space[1] + 2 - n)
                 if most:
                     n += most
-            decoder.end += n
+            decoder.fed(n)
             self._last_received = time.ticks_ms()
             n = decoder.next()
             if n:
@@ -651,22 +647,22 @@ class MQTTClient:
         if not self._up:
             self._check()
         self._ours = True
-        wait_ms = self._next(wait_ms)
-        if wait_ms:
+        came = self._next(wait_ms)
+        if came:
             self._good = True
-            wait_ms = self._handle(wait_ms)
-            if wait_ms >> 4 == _PUBLISH:
+            came = self._handle(came)
+            if came >> 4 == _PUBLISH:
                 self._ours = False
-                if wait_ms & 6:
+                if came & 6:
                     self._acknowledge()
                 else:
                     self.token = None
                     self._deliver()
-                return wait_ms
+                return came
             if self.store.due():
                 self._fill()
         self._ours = False
-        return wait_ms
+        return came
 
     def _handle(self, kind):
         """Handle a packet; return its type << 4, of a PUBLISH its first byte, or 0 if it is not to be delivered."""
@@ -700,20 +696,17 @@ class MQTTClient:
         keeps in mind, and all behind it, is passed over without an answer: the broker has it still, and sends it again,
         in order, over a new connection, which _pulse() makes when there is room.
         """
-        session = self.store.session
-        if qos == 1 and not session.busy and not session.held and not self._passing:
-            session.busy.add(packet_id)  # as on_publish() does
-            return True
-        if session.is_too_much(packet_id):
+        store = self.store
+        try:
+            if not store.on_publish(qos, packet_id):
+                return False
+            if not self._passing:
+                return True
+            store.session.busy.discard(packet_id)
+        except ProtocolError:
             self._passing = True
-            self.passed_over += 1
-            return False
-        if not self.store.on_publish(qos, packet_id):
-            return False
-        if self._passing:
-            session.busy.discard(packet_id)
-            self.passed_over += 1
-        return not self._passing
+        self.passed_over += 1
+        return False
 
     def _deliver(self):
         """Hand a message to the callback; whether there is one."""
@@ -729,8 +722,7 @@ class MQTTClient:
             self._depth -= 1
             self._ours = False  # a call of the callback's own may have been broken off
         if until_ms is not None:
-            began = time.ticks_diff(time.ticks_ms(), began)
-            self._until_ms = time.ticks_add(until_ms, began)
+            self._until_ms = time.ticks_add(until_ms, time.ticks_diff(time.ticks_ms(), began))
         return True
 
     def _acknowledge(self):
