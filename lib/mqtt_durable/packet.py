@@ -22,7 +22,6 @@ PINGRESP = const(13)
 PINGREQ_BYTES = b"\xc0\x00"
 DISCONNECT_BYTES = b"\xe0\x00"
 
-_PUBACK_FIRST = const(0x40)
 _KNOWN = const(8)  # topic names that need not be checked again
 _SHORT = const(96)  # bytes of the longest of these
 len = len  # MicroPython finds it sooner here than behind all the other built-in names
@@ -315,15 +314,15 @@ class Decoder:
             first = buf[at]
             n = buf[at + 1]
             at += 2
-            if first == _PUBACK_FIRST:
-                if n == 2:
-                    n = buf[at] << 8 | buf[at + 1]
-                    if n:
-                        self.start = at + 2
-                        self.flags = 0
-                        self.packet_id = n
-                        self.type = PUBACK
-                        return PUBACK
+            if n == 2 and (first == 0x40 or first == 0x50 or first == 0x70):  # PUBACK, PUBREC, PUBCOMP
+                n = buf[at] << 8 | buf[at + 1]
+                if n:
+                    self.start = at + 2
+                    self.flags = 0
+                    self.packet_id = n
+                    first >>= 4
+                    self.type = first
+                    return first
             elif 0x30 <= first < 0x36 and n < 128 and at + n <= stop and n + 2 <= self._limit:  # PUBLISH, no DUP
                 stop = at + n
                 self.start = stop

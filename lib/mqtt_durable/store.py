@@ -9,7 +9,7 @@ rides with the next record; at most 16 are missing after a cut.
 """
 
 from binascii import crc32
-from struct import pack
+from struct import pack, pack_into
 
 from micropython import const
 
@@ -30,12 +30,16 @@ _DROPPED = const(8)
 # As in session.
 _IDS = const(65023)
 _PUB1 = const(1)
+_PUB2 = const(2)
 _REL = const(3)
 _DONE = const(1)
+_RELEASED = const(2)
 _RECEIVED = const(3)
 # As in packet.
 _PUBACK = const(4)
+_PUBREC = const(5)
 _PUBREL = const(6)
+_PUBCOMP = const(7)
 
 _PENDING = const(48)
 _LONGEST = const(9)  # bytes of the longest entry
@@ -71,8 +75,8 @@ class Store(Recall):
         self._drops = when_full == "drop_oldest"
         self.finished = finished
         self._grace = grace
-        self._pending = bytearray(_PENDING)
-        self._answers = bytearray(_ANSWERS)
+        self._pending = memoryview(bytearray(_PENDING + 7))
+        self._answers = memoryview(bytearray(_ANSWERS))
         self.stored = self.acknowledged = self.sent = self.resent = self.dropped = self.duplicates = 0
         self.spared = 0  # messages that were acknowledged before they had to be stored
         self._held = {}  # packet identifier -> (topic, payload, retain): not stored yet
@@ -336,11 +340,13 @@ class Store(Recall):
             off = self._more(buf, off)
         n = self.answers
         if n and not self.rest:
+            answers = self._answers
             n = min(n, size - off & ~3)
-            buf[off : off + n] = memoryview(self._answers)[:n]
+            buf[off : off + n] = answers[:n]
             off += n
-            self.answers -= n
-            self._answers[: self.answers] = self._answers[n : n + self.answers]
+            self.answers = left = self.answers - n
+            if left:
+                answers[:left] = bytes(answers[n : n + left])
         out = self.session.out
         while not self.rest:
             packet_id = self._held_back or self._next()
@@ -615,7 +621,7 @@ class Store(Recall):
                 more = pack("<H", self.received)
             self._note(record, packet_id, more)
             self._urgent = True
-            self._consider()
+            self._usual = _NOTHING
         if action & 15 and self.online:
             self.answers = put_ack(self._answers, self.answers, action & 15, packet_id)
 
@@ -624,23 +630,25 @@ class Store(Recall):
         # In a frame of 11 words: MicroPython takes a larger one from the heap.
         out = self.session.out
         where = out.get(packet_id, 0)
-        if (
-            packet == _PUBACK
-            and packet_id == self._upto % _IDS + 1
-            and where & 3 == _PUB1
-            and where > 3
-            and not self._used
-            and (self._upto - self._said) % _IDS < _LAZY
-        ):
-            # The usual case, all in one piece: the oldest message, at QoS 1.
-            del out[packet_id]
-            self._upto = packet_id
-            if packet_id != self._taken and packet_id % _IDS + 1 not in out:
-                self._advance()
-            self.acknowledged += 1
-            if self.finished:
-                self.finished(packet_id, True)
-            return
+        if where > 3 and (self._upto - self._said) % _IDS + self._used // 3 < _LAZY:
+            # The usual cases, in short: what TRANSITIONS says of them, too.
+            where &= 3
+            if packet_id == self._upto % _IDS + 1 and packet == (
+                _PUBACK if where == _PUB1 else _PUBCOMP if where == _REL else 0
+            ):
+                # The oldest message is over.
+                del out[packet_id]
+                self._upto = packet_id
+                if packet_id != self._taken and packet_id % _IDS + 1 not in out:
+                    self._advance()
+                self.acknowledged += 1
+                if self.finished:
+                    self.finished(packet_id, True)
+                return
+            if packet == _PUBREC and where == _PUB2 and self._used <= _PENDING - _LONGEST and not self.session.clean:
+                out[packet_id] |= _REL
+                self._act(_RELEASED << 4 | _PUBREL, packet_id)
+                return
         self._ready()
         where = self.session.acknowledged(packet, packet_id)
         if where:
@@ -723,7 +731,8 @@ class Store(Recall):
         """Record all that is pending now: when idle, before an answer that depends on it, before sleeping."""
         if not self._used and self._said == self._upto:
             return
-        upto = b""
+        pending = self._pending
+        n = self._used
         if self._said != self._upto:
             # With the position from which on all unfinished messages can be found, -1 if it is not known.
             pos = -1
@@ -736,9 +745,16 @@ class Store(Recall):
                         pos = where >> 2
                 if pos < 0 and self.queued():
                     pos = self._cursor
-            upto = pack("<BHi", _UPTO, self._upto, pos)
-        self.journal.append(_FACTS, (memoryview(self._pending)[: self._used], upto))
-        self._urgent = False
+            pack_into("<BHi", pending, n, _UPTO, self._upto, pos)
+            n += 7
+        if n == 3:
+            pending[3] = 0  # says nothing, and put() takes it
+            n = 4
+        entry = pending[0] | pending[1] << 8
+        if not self.journal.put(_FACTS, entry, pending[2] | pending[3] << 8, pending[4:n]):
+            self.journal.append(_FACTS, (pending[:n],))
         self._used = 0
         self._said = self._upto
-        self._consider()
+        if self._urgent:
+            self._urgent = False
+            self._consider()

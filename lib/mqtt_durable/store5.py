@@ -72,7 +72,7 @@ class Store5(Store):
         self._own = self.session.limit
         self._most += _POSTPONED
         self.max_state += 6 * _POSTPONED + _TIMES_BYTES + 1 + _LONGEST_ID
-        self._answers = bytearray(len(self._answers) + 4)  # the last one may have 5 bytes
+        self._answers = memoryview(bytearray(len(self._answers) + 4))  # the last one may have 5 bytes
         self.refused = self.expired = self.postponed = self.lowered = 0
         self.limits()
 
@@ -243,11 +243,11 @@ class Store5(Store):
             n = 0
             while n < self.answers and off + n + 2 + answers[n + 1] <= len(buf):
                 n += 2 + answers[n + 1]
-            buf[off : off + n] = memoryview(answers)[:n]
+            buf[off : off + n] = answers[:n]
             off += n
-            self.answers -= n
-            answers[: self.answers] = answers[n : n + self.answers]
-            if self.answers:
+            self.answers = left = self.answers - n
+            if left:
+                answers[:left] = bytes(answers[n : n + left])
                 return off
         return super().fill(buf, off)
 
