@@ -116,25 +116,6 @@ def test_publish_at_qos_1_and_2_is_a_head_a_block_of_properties_and_the_payload(
     assert bytes(buf[:end]) + block + b"x" == b"\x32\x0b\x00\x03a/b\x00\x0a\x02\x01\x01x"
 
 
-def test_a_topic_alias_is_merged_into_a_stored_block():
-    for first, topic, rest, payload, head in (
-        (0x32, b"a/b", b"\x01\x01", b"x", b"\x32\x0e\x00\x03a/b\x12\x34\x05\x23\x00\x07"),
-        (0x3D, b"", b"", b"xyz", b"\x3d\x0b\x00\x00\x12\x34\x03\x23\x00\x07"),
-        (0x30, b"a/b", b"\x01\x01", b"", b"\x30\x0b\x00\x03a/b\x05\x23\x00\x07"),
-        (0x31, b"", b"", b"", b"\x31\x06\x00\x00\x03\x23\x00\x07"),
-        # The property length, and the remaining length, each grow to two bytes.
-        (0x34, b"", b"\x03\x00\x7a" + b"c" * 122, b"", b"\x34\x86\x01\x00\x00\x12\x34\x80\x01\x23\x00\x07"),
-    ):
-        buf = bytearray(40)
-        end = wire.put_alias_head(buf, 2, first, topic, 0x1234, 7, len(rest), len(payload))
-        assert bytes(buf[:end]) == b"\x00\x00" + head, (first, topic, bytes(buf[:end]))
-        decoder = Decoder5(512, 4096, 7)
-        if not topic:
-            _feed(decoder, b"\x30\x09\x00\x03a/b\x03\x23\x00\x07")
-        found = _feed(decoder, head + rest + payload)
-        assert found[0][:5] == (PUBLISH, first & 15, 0x1234 if first & 6 else 0, "a/b", payload)
-
-
 def test_subscribe_and_unsubscribe_have_the_bytes_of_sections_3_8_and_3_10():
     """[MQTT5-2.1.3-1] [MQTT5-3.8.1-1] [MQTT5-3.8.3-2] [MQTT5-3.10.1-1] [MQTT5-3.10.3-2]"""
     assert wire.encode_subscribe(10, b"a/b", 1) == b"\x82\x09\x00\x0a\x00\x00\x03a/b\x01"
@@ -622,8 +603,7 @@ def test_put_functions_allocate_nothing():
         return  # only MicroPython can forbid it
     micropython.heap_lock()
     try:
-        wire.put_ack(buf, 0, PUBREL, 65535, 0x92)
-        end = wire.put_alias_head(buf, 5, 0x32, b"a", 1, 2, 3, 4)
+        end = wire.put_ack(buf, 0, PUBREL, 65535, 0x92)
     finally:
         micropython.heap_unlock()
-    assert bytes(buf[:end]) == b"\x62\x03\xff\xff\x92\x32\x10\x00\x01a\x00\x01\x06\x23\x00\x02"
+    assert bytes(buf[:end]) == b"\x62\x03\xff\xff\x92"

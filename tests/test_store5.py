@@ -422,6 +422,53 @@ def test_a_topic_is_sent_once_a_connection_if_the_broker_takes_aliases():
             assert nor.mem.find(b"\x23\x00\x01") < 0
 
 
+def _direct(store, topic, payload, qos=1, properties=None):
+    """publish(), and _fields() of what the caller sends at once; None if it may not."""
+    packet_id = store.publish(topic, payload, qos, properties=properties)
+    if not store.at_once(packet_id):
+        return None
+    buf = bytearray(len(topic) + 14 + len(payload))
+    n = store.put_head(buf, 0, 0x30 | qos << 1, topic.encode(), packet_id, len(payload))
+    return _fields(bytes(buf[:n]) + payload)
+
+
+def test_a_message_without_properties_may_be_sent_at_once_with_its_alias():
+    nor, store = _begin(in_flight=8, limits={"topic_alias_maximum": 1})
+    assert _direct(store, "topic", b"a") == (0x32, 1, "topic", {"topic_alias": 1}, b"a")
+    assert _direct(store, "topic", b"b", 2) == (0x34, 2, "", {"topic_alias": 1}, b"b")
+    assert _direct(store, "other", b"x" * 200) == (0x32, 3, "other", {}, b"x" * 200)
+    assert store.sent == 3 and not _packets(store)
+    assert _direct(store, "topic", b"", properties={"content_type": "x"}) is None
+    assert _sent(store) == [(0x32, 4, "", {"content_type": "x", "topic_alias": 1}, b"")]
+    # One that was refused for want of quota goes before all others.
+    store.on_ack(PUBACK, 1, 0x97)
+    store.retry()
+    assert _direct(store, "topic", b"c") is None
+    assert [entry[1] for entry in _sent(store)] == [1, 5]
+    _reconnect(store, topic_alias_maximum=1)
+    assert len(_sent(store)) == 5
+    assert _direct(store, "third", b"d") == (0x32, 6, "third", {}, b"d")  # the alias is another topic's now
+
+
+def test_nothing_is_sent_at_once_to_a_broker_that_may_not_take_it():
+    """[MQTT5-3.2.2-11] [MQTT5-3.2.2-14] [MQTT5-3.2.2-15]"""
+    for limits in ({"maximum_qos": 1}, {"maximum_qos": 0}, {"retain_available": False}, {"maximum_packet_size": 1023}):
+        nor, store = _begin(limits=limits)
+        assert store.lacks and _direct(store, "t", b"") is None and len(_packets(store)) == 1
+    nor, store = _begin(limits={"maximum_packet_size": 1024})
+    assert not store.lacks and _direct(store, "t", b"")
+
+
+def test_without_memory_for_an_alias_a_message_goes_out_without_one():
+    class Full(dict):
+        def __setitem__(self, key, value):
+            raise MemoryError
+
+    nor, store = _begin(limits={"topic_alias_maximum": 8})
+    store._aliases = Full()
+    assert _direct(store, "topic", b"a") == (0x32, 1, "topic", {}, b"a")
+
+
 def test_the_mapping_is_written_whole_before_it_is_used():
     nor, store = _begin(limits={"topic_alias_maximum": 8})
     store.publish("topic", b"x" * 300, 1)

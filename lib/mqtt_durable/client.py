@@ -35,7 +35,6 @@ from .packet import (
     encode_subscribe,
     encode_unsubscribe,
     matches,
-    put_publish_head,
     utf8,
 )
 from .store import Store
@@ -57,7 +56,7 @@ _INBOX = const(16)  # messages received that wait for their handler
 _INBOX_BYTES = const(8192)  # their payloads, not counting the last one taken
 _OUTBOX = const(8)  # QoS 0 messages that wait for the writer
 _BURST = const(512)  # bytes that publish() sends before it lets the other tasks run
-_LARGEST_HEAD = const(9)  # of a PUBLISH, not counting its topic name
+_LARGEST_HEAD = const(14)  # of a PUBLISH, not counting its topic name; in MQTT 5 without properties
 _PULSE_MS = const(1000)
 _ENDURANCE = const(100000)  # erases of a sector
 _TELLING_MS = const(3600000)  # before that the rate of erases says nothing
@@ -351,7 +350,7 @@ class Client:
             n = len(payload)
             if len(topic) + n <= _SEND_BYTES - _LARGEST_HEAD and (not packet_id or self.store.at_once(packet_id)):
                 buf = self._send
-                off = put_publish_head(buf, 0, first, topic, packet_id, n)
+                off = self._put_head(buf, 0, first, topic, packet_id, n)
                 n += off
                 buf[off:n] = payload
                 self._burst += n

@@ -27,7 +27,7 @@ _ALIASES = const(16)  # topic aliases the broker may use
 _WEEK_S = const(604800)
 _RETRY_MS = const(5000)
 _LONGEST_RETRY_MS = const(300000)
-_HEAD = const(11)  # of a PUBLISH at QoS 0 with a topic alias, at most, not counting its topic name
+_PLENTY = const(65600)  # bytes of a PUBLISH at most, but for its properties and payload
 _LARGEST = const(268435460)  # bytes of a packet
 _YEAR = const(2024)  # a clock that says less is not set
 _SINCE_1970 = const(946684800)  # where the clock counts from 2000
@@ -83,6 +83,7 @@ class Client5(Client):
         self._named = self.client_id  # what the configuration says
         self._limit = limit_bytes
         self.connack = {}
+        self._most = _LARGEST  # bytes of a packet that the broker takes
         self._flooded = False  # the broker has sent more than the session keeps in mind
         self._identifiers = {}  # topic filter -> subscription identifier
         self._retry_ms = _RETRY_MS
@@ -95,7 +96,9 @@ class Client5(Client):
         return Decoder5(_RECEIVE_BYTES, limit_bytes, _ALIASES, bool(asks))
 
     def _Store(self, *arguments):
-        return Store5(*arguments, clock=self._clock)
+        store = Store5(*arguments, clock=self._clock)
+        self._put_head = store.put_head
+        return store
 
     def _clock(self):
         """Seconds since 1970 if the board's clock is set, else powered seconds since the program began."""
@@ -180,6 +183,7 @@ class Client5(Client):
         if not self.client_id:
             raise Violation(0x82, "CONNACK without an assigned client identifier")  # [MQTT-3.2.2-16]
         self._keep_alive(found.get("server_keep_alive", self._broker["keep_alive_s"]))  # [MQTT-3.2.2-21]
+        self._most = found.get("maximum_packet_size", _LARGEST)
         self.store.limits(
             found.get("receive_maximum", 65535),
             found.get("maximum_packet_size", 0),
@@ -204,40 +208,29 @@ class Client5(Client):
         Raises ValueError, too, for what the broker that is connected does not take.
         """
         try:
-            payload = as_bytes(payload)
+            if type(payload) is not bytes:
+                payload = as_bytes(payload)
             if self.connected:
-                self._check_taken(qos, retain)
-            if qos == 0 and mark is None:
-                name = check_topic(topic)
-                most = self.connack.get("maximum_packet_size", _LARGEST)
-                block = encode(properties, PUBLISH)
-                n = len(block) + len(payload) + len(name) + _HEAD
-                if self.connected:
-                    self._check_size(n - _HEAD + 2)
-                alias = 0
-                if n <= min(most, len(self._send)) and self._quick and not self._outbox:
-                    # It goes out now, so the broker knows the alias when another message has it.
-                    alias, name = self.store.alias(name)
-                if alias:
-                    data = packet5.encode_publish(name, payload, retain, properties, alias)
-                    self._send[: len(data)] = data
-                    self._burst += len(data)
-                    self._write_now(len(data))
-                    return self._give_way(None)
+                if self.store.lacks:
+                    self._check_taken(qos, retain)
+                if properties or len(payload) > self._most - _PLENTY:
+                    n = len(encode(properties, PUBLISH)) + len(payload) + len(check_topic(topic))
+                    self._check_size(n + (4 if qos else 2))
+            if properties and qos == 0 and mark is None:
                 # On the wire they stand together, and there is no store between.
-                payload = block + payload
-                properties = None
-            elif self.connected:
-                self._check_size(len(encode(properties, PUBLISH)) + len(payload) + len(check_topic(topic)) + 4)
+                payload = encode(properties, PUBLISH) + payload
+                return self._publish_0_later(check_topic(topic), payload, retain, b"")
         except Exception as e:
             return given(None, e)
         return super().publish(topic, payload, qos, retain, mark, properties)
 
+    def _publish_0_later(self, topic, payload, retain, properties=b"\0"):
+        return super()._publish_0_later(topic, properties + payload, retain)
+
     def _check_size(self, length):
         """Raise ValueError if the broker takes no packet with that remaining length."""
-        most = self.connack.get("maximum_packet_size", _LARGEST)
-        if length + 1 + packet5.remaining_length_size(length) > most:
-            raise ValueError("the broker takes packets of %d bytes at most" % most)  # [MQTT-3.2.2-15]
+        if length + 1 + packet5.remaining_length_size(length) > self._most:
+            raise ValueError("the broker takes packets of %d bytes at most" % self._most)  # [MQTT-3.2.2-15]
 
     def _check_file(self, first, length):
         """Raise ValueError if the broker does not take the file whose PUBLISH has that first byte; length: of its topic
@@ -441,8 +434,7 @@ class Client5(Client):
         if request.options is not None:
             # Asked for before the connection, or of a broker that offers less than the last one.
             code = self._unoffered(request.filter, self._identifiers.get(request.filter))
-        most = self.connack.get("maximum_packet_size", _LARGEST)
-        if len(self._encode_request(request, request.filter.encode())) > most:  # [MQTT-3.2.2-15]
+        if len(self._encode_request(request, request.filter.encode())) > self._most:  # [MQTT-3.2.2-15]
             code = 0x95
         if code:
             self.last_error = self._refused(request.filter, code)

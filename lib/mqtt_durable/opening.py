@@ -14,7 +14,7 @@ from .flash import open_home, resolve
 from .journal import Journal
 from .log import ERROR, INFO, WARNING, Log
 from .once import once
-from .packet import Decoder
+from .packet import Decoder, put_publish_head
 from .store import identity
 from .transport import Addresses
 
@@ -75,6 +75,7 @@ def make(
         raise ValueError("properties: only with version 5")
     else:
         client._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
+        client._put_head = put_publish_head
     client._connect_packet(True)  # a bad argument shows here, not in the field
     size = None
     client.journal_home = "device"  # where the journal lives

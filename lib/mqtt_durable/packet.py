@@ -253,6 +253,7 @@ class Decoder:
     def __init__(self, size=512, limit=4096):
         self._size = size
         self._limit = limit
+        self._most = limit  # of a packet whose length is one byte; in MQTT 5 all others are "over the limit"
         # Bound once: that saves the search for a method.
         self.space = self.space
         self.fed = self.fed
@@ -270,7 +271,7 @@ class Decoder:
         self.flags = 0  # low nibble of the first byte; no property beside it: one slows every attribute down
         self.packet_id = 0
         self.topic = ""
-        self.name = b""  # its bytes, in MQTT 3.1.1
+        self.name = b""  # its bytes
         self.payload = None  # memoryview into the buffer (PUBLISH; SUBACK: the return codes)
         self.session_present = False
         self.return_code = 0
@@ -323,7 +324,7 @@ class Decoder:
                     first >>= 4
                     self.type = first
                     return first
-            elif 0x30 <= first < 0x36 and n < 128 and at + n <= stop and n + 2 <= self._limit:  # PUBLISH, no DUP
+            elif 0x30 <= first < 0x36 and n < 128 and at + n <= stop and n + 2 <= self._most:  # PUBLISH, no DUP
                 stop = at + n
                 self.start = stop
                 self.type = PUBLISH

@@ -6,8 +6,6 @@ A PUBLISH at QoS 1 or 2 is put_publish_head() as in packet.py, with the encoded 
 All lengths are in bytes, all integers big endian (MQTT 5.0 section 1.5).
 """
 
-from struct import pack_into
-
 from micropython import const
 
 from . import packet
@@ -98,23 +96,6 @@ def subscription_options(topic_filter, qos, no_local=False, retain_as_published=
     if no_local and topic_filter.startswith(b"$share/"):
         raise ValueError("no_local: not on a shared subscription")  # [MQTT-3.8.3-4]
     return qos | (4 if no_local else 0) | (8 if retain_as_published else 0) | retain_handling << 4
-
-
-def put_alias_head(buf, off, first, topic_name, packet_id, topic_alias, properties_size, payload_size):
-    """Write a PUBLISH with a topic alias up to where its own properties begin; return the next offset.
-
-    The caller sends next the properties_size bytes of properties that stand behind their property length, then the
-    payload of payload_size bytes.  topic_name: checked UTF-8 bytes, empty where the broker knows the alias.
-    packet_id: not written at QoS 0.  10-18 bytes more than the topic name.  MQTT 5.0 section 3.3.2.3.4.
-    """
-    size = properties_size + 3
-    spare = 0 if first & 6 else 2
-    rest = remaining_length_size(size) + size + payload_size
-    off = put_publish_head(buf, off, first, topic_name, packet_id, rest - spare) - spare
-    off = put_fixed_header(buf, off - 1, buf[off - 1], size)  # the property length, behind a byte that stays
-    buf[off] = 0x23
-    pack_into(">H", buf, off + 1, topic_alias)
-    return off + 3
 
 
 def put_ack(buf, off, packet_type, packet_id, reason_code=0):
@@ -213,8 +194,8 @@ class Decoder5(packet.Decoder):
     def __init__(self, size=512, limit=4096, topic_alias_maximum=0, problem_information=True):
         self.topic_alias_maximum = topic_alias_maximum
         self.problem_information = problem_information
+        super().__init__(size, 0)  # every packet but the usual ones is over the limit, so that it comes to _oversize()
         self._most = limit
-        super().__init__(size, 0)  # every packet is over the limit, so that each comes to _oversize()
 
     def reset(self):
         """Forget all bytes and topic aliases: a new connection begins."""
@@ -228,8 +209,22 @@ class Decoder5(packet.Decoder):
 
         Raises ProtocolError for what no MQTT 5 server may send; the connection is then of no more use.
         """
-        self.reason_code = 0
         self.properties = _NONE
+        self.reason_code = 0
+        at = self.start
+        if self.end - at > 4 and not self.left:
+            # What is usual as well: a PUBACK, PUBREC or PUBCOMP with a reason code.
+            buf = self._buf
+            kind = buf[at] >> 4
+            if buf[at + 1] == 3 and (kind == _PUBACK or kind == _PUBREC or kind == _PUBCOMP) and not buf[at] & 15:
+                packet_id = buf[at + 2] << 8 | buf[at + 3]
+                if packet_id and buf[at + 4] in _REASONS[kind]:
+                    self.reason_code = buf[at + 4]
+                    self.start = at + 5
+                    self.flags = 0
+                    self.packet_id = packet_id
+                    self.type = kind
+                    return kind
         try:
             return super().next()
         except Violation:
@@ -353,27 +348,35 @@ class Decoder5(packet.Decoder):
         i += 2
         if i + n + (2 if qos else 0) > stop:
             raise Violation(0x81, "PUBLISH cut short")
-        try:
-            topic = utf8(buf[i : i + n])
-        except ValueError as e:
-            raise Violation(0x81, "PUBLISH topic name: %s" % e)
-        if "+" in topic or "#" in topic:
-            raise Violation(0x82, "PUBLISH with a wildcard in its topic name")
+        if n and buf[i : i + n] != self.name:  # else it is that of the message before
+            self._new_name(buf[i : i + n])
         i += n
         self.packet_id = 0
         if qos:
             i = self._identifier(i)
+        if n and i < stop and not buf[i]:
+            return i + 1  # no properties
         found, i = decode(buf, i, stop, _PUBLISH)
         self.properties = found
         if "topic_alias" in found:
             alias = found.pop("topic_alias")
             if alias > self.topic_alias_maximum:
                 raise Violation(0x94, "topic alias %d" % alias)
-            if topic:
-                self._aliases[alias] = topic
-            else:
-                topic = self._aliases.get(alias, "")
-        if not topic:
+            if n:
+                self._aliases[alias] = self.topic, self.name
+            elif alias in self._aliases:
+                self.topic, self.name = self._aliases[alias]
+                return i
+        if not n:
             raise Violation(0x82, "PUBLISH without a topic name")
-        self.topic = topic
         return i
+
+    def _new_name(self, name):
+        try:
+            topic = utf8(name)
+        except ValueError as e:
+            raise Violation(0x81, "PUBLISH topic name: %s" % e)
+        if "+" in topic or "#" in topic:
+            raise Violation(0x82, "PUBLISH with a wildcard in its topic name")
+        self.topic = topic
+        self.name = bytes(name)

@@ -38,6 +38,7 @@ _PUBLISH = const(3)
 _SUBACK = const(9)
 _PINGRESP = const(13)
 _SEND_BYTES = const(768)  # one write: what the Pico W's lwIP takes without waiting
+_LARGEST_HEAD = const(14)  # as in client.py
 _RECEIVE_BYTES = const(256)
 _LIMIT_MS = const(10000)
 _PULSE_MS = const(1000)
@@ -143,6 +144,7 @@ class MQTTClient:
         self.last_error = None  # what ended the last connection or attempt
         self._send = memoryview(bytearray(_SEND_BYTES))
         self._encode_connect = encode_connect
+        self._put_head = put_publish_head
         self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
         self._up = False  # the connection is there and in order
         self._stay = False  # connect() was called, and no disconnect() since
@@ -435,7 +437,7 @@ class MQTTClient:
         for _ in range(2):
             self._ours = False
             try:
-                small = len(topic) + n + 9 <= _SEND_BYTES
+                small = len(topic) + n + _LARGEST_HEAD <= _SEND_BYTES
                 if not self._up:
                     if not self._stay or not self._due():
                         return
@@ -443,9 +445,9 @@ class MQTTClient:
                 elif not packet_id or small and store.at_once(packet_id):
                     self._ours = True
                     self._up = False  # unless it ends well: a Ctrl-C in the middle of a packet spoils the stream
-                    send = self._send if small else bytearray(len(topic) + 9)
+                    send = self._send if small else bytearray(len(topic) + _LARGEST_HEAD)
                     first = 0x30 | qos << 1 | (1 if retain else 0)
-                    begin = put_publish_head(send, 0, first, topic, packet_id, n)
+                    begin = self._put_head(send, 0, first, topic, packet_id, n)
                     if small:
                         end = begin + n
                         send[begin:end] = msg

@@ -16,6 +16,8 @@ from .reasons import _LASTING, Disconnected, text
 from .store5 import Store5
 
 _END = const(-1)  # as in simple
+_LARGEST = const(268435460)  # bytes of a packet
+_PLENTY = const(65600)  # bytes of a PUBLISH at most, but for its properties and payload
 _RECEIVE_BYTES = const(256)
 _LONGEST_MS = const(60000)
 _RECEIVE_MAXIMUM = const(16)
@@ -59,6 +61,7 @@ class MQTTClient5(simple.MQTTClient):
         super().__init__(*args, limit_bytes=limit_bytes, **more)
         self.session_expiry_s = session_expiry_s
         self.connack = {}
+        self._most = _LARGEST  # bytes of a packet that the broker takes
         self.properties = {}
         self._decoder = Decoder5(_RECEIVE_BYTES, limit_bytes, _ALIASES)
         self._encode_connect = self._hello
@@ -84,12 +87,13 @@ class MQTTClient5(simple.MQTTClient):
 
     def _Store(self, *arguments):
         store = Store5(*arguments, self._finished, clock=self._clock)
+        self._put_head = store.put_head
         keep = store.publish
 
-        def publish(*message):
+        def publish(topic, msg, qos, retain, mark):
             entry = self._sending
-            entry[0] = keep(*message, entry[1])
-            return entry[0]
+            packet_id = entry[0] = keep(topic, msg, qos, retain, mark, entry[1])
+            return packet_id
 
         store.publish = publish
         return store
@@ -138,6 +142,7 @@ class MQTTClient5(simple.MQTTClient):
         elif assigned:
             raise Violation(0x82, "a client identifier in place of ours")
         self.keepalive = found.get("server_keep_alive", self._asked_s)  # [MQTT-3.2.2-21]
+        self._most = found.get("maximum_packet_size", _LARGEST)
         self.store.limits(
             found.get("receive_maximum", 65535),
             found.get("maximum_packet_size", 0),
@@ -205,19 +210,22 @@ class MQTTClient5(simple.MQTTClient):
         has refused the message, which is finished then.  One that only was too much for its quota is not: publish()
         returns, and it is sent again later.
         """
-        if isinstance(topic, str):
-            topic = topic.encode()
-        msg = simple.to_bytes(msg)
-        size = 0
-        if self._up:
+        if type(topic) is not bytes:
+            topic = simple.to_bytes(topic)
+        if type(msg) is not bytes:
+            msg = simple.to_bytes(msg)
+        if self._up and (properties or self.store.lacks or len(msg) > self._most - _PLENTY):
             size = len(topic) + 2 + (2 if qos else 0) + len(encode(properties, PUBLISH)) + len(msg)
             size += 1 + remaining_length_size(size)
             self._check_taken(retain, qos, size)
+            if properties and not qos and mark is None:
+                check_topic(topic)
+                alias = 0
+                if size + 5 <= self._most:  # an alias may take as much more
+                    alias, topic = self.store.alias(topic)
+                return self._say(packet5.encode_publish(topic, msg, retain, properties, alias))
         if not qos:
-            check_topic(topic)
-            if mark is None and self._up:
-                self._post_0(topic, msg, retain, properties, size)
-                return
+            return super().publish(topic, msg, retain, qos, mark=mark)
         before = self._sending
         entry = self._sending = [0, properties, qos, None]
         try:
@@ -228,20 +236,14 @@ class MQTTClient5(simple.MQTTClient):
         if entry[3] and entry[3] is not True:
             raise MQTTException(entry[3])
 
-    def _post_0(self, topic, msg, retain, properties, size):
-        alias = 0
-        if size + 5 <= self.connack.get("maximum_packet_size", size + 5):  # an alias may take as much more
-            alias, topic = self.store.alias(topic)
-        self._say(packet5.encode_publish(topic, msg, retain, properties, alias))
-
     def _check_taken(self, retain, qos, size):
         found = self.connack
         if qos in (1, 2) and qos > found.get("maximum_qos", 2):  # [MQTT-3.2.2-11]
             raise ValueError("qos: the broker takes %d at most" % found["maximum_qos"])
         if retain and not found.get("retain_available", 1):  # [MQTT-3.2.2-14]
             raise ValueError("retain: the broker does not take retained messages")
-        if size > found.get("maximum_packet_size", size):  # [MQTT-3.2.2-15]
-            raise ValueError("msg: the broker takes packets of %d bytes at most" % found["maximum_packet_size"])
+        if size > self._most:  # [MQTT-3.2.2-15]
+            raise ValueError("msg: the broker takes packets of %d bytes at most" % self._most)
 
     def _until(self, packet_id, request):
         if request is None:
@@ -285,9 +287,7 @@ class MQTTClient5(simple.MQTTClient):
             self._retry_at = time.ticks_add(now, self._retry_ms)
 
     def _deliver(self):
-        decoder = self._decoder
-        decoder.name = decoder.topic.encode()
-        self.properties = decoder.properties
+        self.properties = self._decoder.properties
         return super()._deliver()
 
     def _pulse(self):
@@ -360,7 +360,7 @@ class MQTTClient5(simple.MQTTClient):
             request[3] = self._unoffered(name, identifier) or None  # offered by the last broker, perhaps
             properties = {"subscription_identifiers": identifier} if identifier else None
             data = packet5.encode_subscribe(packet_id, name, options, properties)
-        if len(data) > self.connack.get("maximum_packet_size", len(data)):  # [MQTT-3.2.2-15]
+        if len(data) > self._most:  # [MQTT-3.2.2-15]
             request[3] = 0x95
         if request[3]:
             self.store.session.requests.discard(packet_id)

@@ -30,6 +30,8 @@ _TIMES_BYTES = const(8)
 _LONGEST_ID = const(128)  # bytes of an assigned client identifier
 _POSTPONED = const(8)  # messages refused for now that take no place in the window
 _ALIASES = const(8)
+_ALIAS = const(0x23)  # as in properties
+_LARGE = const(1024)  # bytes: a larger packet is not sent at once
 _SHORT = const(3)  # bytes of a topic name for which an alias would save nothing
 _UNKNOWN_ID = const(0x92)
 _TOO_LARGE = const(0x95)
@@ -93,13 +95,15 @@ class Store5(Store):
 
         In flight are at most min(in_flight, receive_maximum) messages.  One that is larger than maximum_packet_size is
         not sent: it ends, refused with 0x95.  Above maximum_qos a message is sent with that one, and with QoS 0 it ends
-        when it has gone into the buffer.  MQTT 5.0 sections 3.2.2.3 and 4.9.
+        when it has gone into the buffer.  .lacks: whether it may come to any of these.  MQTT 5.0 sections 3.2.2.3 and
+        4.9.
         """
         self._window = self.session.limit = min(self._own, receive_maximum)
         self._beside = 0
         self._maximum_packet_size = maximum_packet_size
         self._maximum_qos = maximum_qos
         self._retain_available = retain_available
+        self.lacks = maximum_qos < 2 or not retain_available or 0 < maximum_packet_size < _LARGE
         self._alias_maximum = min(topic_alias_maximum, _ALIASES)
         self._look()
 
@@ -195,7 +199,8 @@ class Store5(Store):
     def publish(self, topic_name, payload, qos, retain=False, mark=None, properties=None):
         """Record a QoS 1 or 2 message; see Store.publish().  properties: None or a dictionary, see properties.py."""
         block = encode(properties, _PUBLISH) if properties else b"\0"
-        if len(block) == 1:
+        self._plain = len(block) == 1
+        if self._plain:
             return super().publish(topic_name, payload, qos, retain, mark)
         size, at = get_length(block, 0, len(block))
         if size > self.journal.max_body:
@@ -212,8 +217,14 @@ class Store5(Store):
         return super().publish(topic_name, head + block[at:] + payload, qos | _PROPERTIES >> 1, retain, mark)
 
     def at_once(self, packet_id):
-        """False: what is sent is not what was given to publish()."""
-        return False
+        """See Store.at_once(): a message without properties, to a broker that takes what it is."""
+        return (
+            self._plain
+            and not self.lacks
+            and not self._due
+            and not self._unrecorded
+            and super().at_once(packet_id)
+        )
 
     def alias(self, topic_name):
         """Return the topic alias, 0 for none, and the topic name that a PUBLISH has to carry with topic_name (bytes).
@@ -229,6 +240,25 @@ class Store5(Store):
             return 0, topic_name
         found = aliases[bytes(topic_name)] = len(aliases) + 1
         return found, topic_name
+
+    def put_head(self, buf, off, first, topic_name, packet_id, payload_size):
+        """packet.put_publish_head() for a message without properties that goes out before anything else does, with its
+        topic alias; at most 14 bytes more than the topic name."""
+        most = self._maximum_packet_size
+        alias = 0
+        if not most or len(topic_name) + payload_size + 14 <= most:
+            try:
+                alias, topic_name = self.alias(topic_name)
+            except MemoryError:
+                pass  # it counts as sent already, so it goes out without one
+        size = 3 if alias else 0  # of the properties
+        off = put_publish_head(buf, off, first, topic_name, packet_id, payload_size + 1 + size)
+        buf[off] = size
+        if alias:
+            buf[off + 1] = _ALIAS
+            buf[off + 2] = 0
+            buf[off + 3] = alias
+        return off + 1 + size
 
     def fill(self, buf, off):
         """See Store.fill()."""
@@ -337,7 +367,7 @@ class Store5(Store):
             pack_into(">BI", block, i, 2, left)
             i += 5
         if alias:
-            pack_into(">BH", block, i, 0x23, alias)
+            pack_into(">BH", block, i, _ALIAS, alias)
             i += 3
         self.rest = n
         self._sending = packet_id
@@ -440,7 +470,9 @@ class Store5(Store):
         with 0x92 as without.  MQTT 5.0 sections 3.4-3.7 and 4.3.
         """
         session = self.session
-        if packet == _PUBREL:
+        if packet != _PUBREL and reason_code < 0x80 and packet_id in session.out and not self._later and not self.lacks:
+            pass  # the usual case
+        elif packet == _PUBREL:
             if packet_id not in session.held:
                 self._answer_unknown(_PUBCOMP, packet_id)
                 return

@@ -15,7 +15,7 @@ import mqtt_durable.packet5 as packet5
 from mqtt_durable.errors import ProtocolError
 from mqtt_durable.packet import CONNACK, PUBLISH, PUBREL, SUBACK, UNSUBACK, Decoder
 from mqtt_durable.packet5 import AUTH, DISCONNECT, Decoder5
-from mqtt_durable.properties import decode, encode, get_length
+from mqtt_durable.properties import decode, encode
 
 _SERVER = (2, 3, 4, 5, 6, 7, 9, 11, 13)
 _SERVER_5 = _SERVER + (AUTH, DISCONNECT)
@@ -317,23 +317,6 @@ def test_a_message_of_version_5_over_the_limit_costs_no_packet_behind_it(publish
     elif len(behind) <= limit:
         expected = [(PUBLISH, flags, packet_id, topic, None, 0, properties), fields]
         assert (without_identifier(found), failed) == (expected, 0)
-
-
-@given(topics | st.just(""), ids, st.integers(0, 2), st.integers(1, _ALIASES), ours(PUBLISH), st.binary(max_size=300))
-def test_an_alias_merged_into_stored_properties_leaves_all_else_as_it_is(
-    topic, packet_id, qos, alias, properties, payload
-):
-    known = encode(None, PUBLISH, alias)
-    before = whole(0x30, field(b"before") + known)
-    block = encode(properties, PUBLISH)
-    _, at = get_length(block, 0, len(block))
-    name = topic.encode()
-    buf = bytearray(len(name) + 18)
-    end = packet5.put_alias_head(buf, 0, 0x30 | qos << 1, name, packet_id, alias, len(block) - at, len(payload))
-    assert end <= len(buf)
-    found, failed = outcome(before + bytes(buf[:end]) + block[at:] + payload, (), 64, 4096, 5)
-    packet_id = packet_id if qos else 0
-    assert found[1:] == [(PUBLISH, qos << 1, packet_id, topic or "before", payload, 0, properties)] and not failed
 
 
 @given(st.data(), st.sampled_from(_OURS))
