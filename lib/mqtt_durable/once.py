@@ -15,6 +15,8 @@ def once(where, what, *arguments, **more):
     """
     name = __name__.rpartition(".")[0] + "." + where
     stays = name in sys.modules
+    if not stays:
+        gc.collect()  # it is to be had in the holes
     module = __import__(name, None, None, (what,))
     try:
         return getattr(module, what)(*arguments, **more)

@@ -5,6 +5,8 @@ are sent once a connection.  Decoder cuts the byte stream from the broker into p
 All lengths are in bytes, all integers big endian (MQTT 3.1.1 section 1.5).
 """
 
+import gc
+
 from micropython import const
 
 from .errors import ProtocolError
@@ -458,3 +460,6 @@ class Decoder:
         self.type = PUBLISH
         self.payload = None
         return PUBLISH
+
+
+gc.collect()  # loading leaves garbage between what stays: what is loaded next is to have the place of it

@@ -5,6 +5,7 @@ owner: snapshots, carrying; what it asks while it is mounted is replay.py's.  A 
 messages there refer to it.
 """
 
+import gc
 from struct import pack, pack_into
 
 from micropython import const
@@ -315,3 +316,6 @@ class Recall:
                 places.add(where >> 14 << 12)
         places.discard(-1)
         return min(map(self.journal.seq_of, places)) if places else None
+
+
+gc.collect()  # as in packet
