@@ -282,7 +282,7 @@ def test_u_feff_is_never_stripped():
     decoder = Decoder()
     data = publish(bom, b"")
     decoder.space()[: len(data)] = data
-    decoder.fed(len(data))
+    decoder.end += len(data)
     assert decoder.next() and decoder.topic == bom
 
 

@@ -18,7 +18,7 @@ def _feed(decoder, data):
         n = min(len(space), len(data))
         space[:n] = data[:n]
         data = data[n:]
-        decoder.fed(n)
+        decoder.end += n
         while True:
             kind = decoder.next()
             if not kind:
@@ -369,7 +369,7 @@ def test_the_payload_of_a_message_over_the_limit_can_be_taken_in_pieces_up_to_an
                 n = min(step, len(space), len(stream) - at)
                 space[:n] = stream[at : at + n]
                 at += n
-                decoder.fed(n)
+                decoder.end += n
                 if not (decoder.left and len(taken) < most):
                     kind = decoder.next()
                     if not kind:
@@ -416,7 +416,7 @@ def test_reading_no_more_than_is_missing_takes_every_packet_and_nothing_of_the_n
                 n = min(len(space), decoder.missing)
                 space[:n] = stream[:n]
                 stream = stream[n:]
-                decoder.fed(n)
+                decoder.end += n
             assert found == [data[0] >> 4, PUBACK] and not stream
 
 

@@ -19,7 +19,7 @@ def _feed(decoder, data):
         n = min(len(space), len(data))
         space[:n] = data[:n]
         data = data[n:]
-        decoder.fed(n)
+        decoder.end += n
         while True:
             kind = decoder.next()
             if not kind:
@@ -470,7 +470,7 @@ def test_properties_of_one_packet_are_not_those_of_the_next():
     decoder = Decoder5()
     data = b"\x20\x07\x00\x87\x04\x1f\x00\x01x" + b"\x40\x02\x00\x01" + b"\x20\x07\x00\x87\x04\x1f\x00\x01x"
     decoder.space()[: len(data)] = data
-    decoder.fed(len(data))
+    decoder.end += len(data)
     assert decoder.next() == CONNACK
     assert decoder.properties == {"reason_string": "x"} and decoder.reason_code == 0x87
     assert decoder.next() == PUBACK
@@ -532,7 +532,7 @@ def test_the_payload_of_a_message_over_the_limit_can_be_taken_in_pieces():
             n = min(step, len(space), len(data) - at)
             space[:n] = data[at : at + n]
             at += n
-            decoder.fed(n)
+            decoder.end += n
             if not decoder.left:
                 kind = decoder.next()
                 assert kind == (PUBLISH if at >= len(head) else 0)
@@ -583,7 +583,7 @@ def test_reading_no_more_than_is_missing_takes_every_packet_and_nothing_of_the_n
                 n = min(len(space), decoder.missing)
                 space[:n] = stream[:n]
                 stream = stream[n:]
-                decoder.fed(n)
+                decoder.end += n
             assert found == [data[0] >> 4, PUBACK] and not stream
 
 

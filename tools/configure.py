@@ -296,7 +296,7 @@ def probe(config, directory, timeout_s=TIMEOUT_S):
                     n = link.recv_into(decoder.space())
                     if not n:
                         return False, "%s: closed the connection without an answer: is it an MQTT broker?" % where
-                    decoder.fed(n)
+                    decoder.end += n
                 if decoder.type != packet.CONNACK:
                     return False, "%s: answered with something that is not MQTT" % where
                 if five and decoder.reason_code:

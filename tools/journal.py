@@ -700,7 +700,7 @@ def entries(body):
     """[(type, packet identifier, the rest)] of a FACTS body; struct.error if it cannot be."""
     out = []
     at = 0
-    while at < len(body) and body[at:] != b"\0":  # which is behind an entry of 3 bytes that is alone
+    while at + 3 <= len(body):
         entry = body[at]
         size = ENTRY_BYTES.get(entry)
         if size is None:

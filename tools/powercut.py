@@ -804,7 +804,7 @@ class Device:
             raise Failure("the broker did not answer")
         space[:n] = down[:n]
         self.world.down = down[n:]
-        self.decoder.fed(n)
+        self.decoder.end += n
 
     def read(self):
         """Take all that has arrived."""

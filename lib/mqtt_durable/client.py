@@ -739,7 +739,8 @@ class Client:
     async def _receive(self):
         self._flush()
         decoder = self._decoder
-        decoder.fed(_some(await self._stream.readinto(decoder.space())))
+        n = _some(await self._stream.readinto(decoder.space()))
+        decoder.end += n
         self._last_received = time.ticks_ms()
 
     async def _put(self, data):
@@ -764,7 +765,8 @@ class Client:
             kind = decoder.next()
             if not kind:
                 self._flush()
-                decoder.fed(_some(await stream.readinto(decoder.space())))
+                n = _some(await stream.readinto(decoder.space()))
+                decoder.end += n
                 self._last_received = time.ticks_ms()
                 continue
             while store.answers and not store.can_answer():

@@ -241,10 +241,10 @@ def encode_unsubscribe(packet_id, topic_filter):
 class Decoder:
     """Cuts the stream from a broker into packets, in one buffer that is used again and again.
 
-    Read from the socket into space(), tell fed(n), then call next() until it returns 0.  Bytes .start to .end of the
-    buffer are those that it has not taken yet.  What next() leaves in the fields below is valid until the next call of
-    space() or next().  After a 0, .missing is how many bytes the packet lacks at least: who reads no more than that
-    leaves the next packet in the socket.
+    Read from the socket into space(), add what came to .end, then call next() until it returns 0.  Bytes .start to
+    .end of the buffer are those that it has not taken yet.  What next() leaves in the fields below is valid until the
+    next call of space() or next().  After a 0, .missing is how many bytes the packet lacks at least: who reads no more
+    than that leaves the next packet in the socket.
 
     size: bytes of the buffer, at least 8.  limit: the largest packet taken whole, in bytes; the buffer grows to such
     a packet and shrinks again.  A larger PUBLISH is announced with .payload None and .left bytes of payload to come:
@@ -252,13 +252,13 @@ class Decoder:
     other larger packet is a ProtocolError.
     """
 
+    _own = False  # whether all that next() does not take itself goes to _oversize()
+
     def __init__(self, size=512, limit=4096):
         self._size = size
         self._limit = limit
-        self._most = limit  # of a packet whose length is one byte; in MQTT 5 all others are "over the limit"
         # Bound once: that saves the search for a method.
         self.space = self.space
-        self.fed = self.fed
         self.next = self.next
         self._publish_head = self._publish_head
         self.reset()
@@ -293,10 +293,6 @@ class Decoder:
             self.end = n
         return buf[self.end :]
 
-    def fed(self, n):
-        """n bytes have been read into space()."""
-        self.end += n
-
     def piece(self):
         """Take what is here of the payload of a PUBLISH announced with .payload None; .left says what is to come."""
         at = self.start
@@ -326,7 +322,7 @@ class Decoder:
                     first >>= 4
                     self.type = first
                     return first
-            elif 0x30 <= first < 0x36 and n < 128 and at + n <= stop and n + 2 <= self._most:  # PUBLISH, no DUP
+            elif 0x30 <= first < 0x36 and n < 128 and at + n <= stop and n + 2 <= self._limit:  # PUBLISH, no DUP
                 stop = at + n
                 self.start = stop
                 self.type = PUBLISH
@@ -373,7 +369,7 @@ class Decoder:
                     break
                 shift += 7
         total = i - at + length
-        if total > self._limit:
+        if self._own or total > self._limit:
             return self._oversize(first, i, length)
         # Remaining length that a packet of this type has when it comes from a server; \xfe: more than one, \xff: none.
         fixed = b"\xff\xff\x02\xfe\x02\x02\x02\x02\xff\xfe\xff\x02\xff\x00\xff\xff"[kind]

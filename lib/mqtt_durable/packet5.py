@@ -191,11 +191,12 @@ class Decoder5(packet.Decoder):
     problem_information: False if CONNECT asks the broker for none.
     """
 
+    _own = True
+
     def __init__(self, size=512, limit=4096, topic_alias_maximum=0, problem_information=True):
         self.topic_alias_maximum = topic_alias_maximum
         self.problem_information = problem_information
-        super().__init__(size, 0)  # every packet but the usual ones is over the limit, so that it comes to _oversize()
-        self._most = limit
+        super().__init__(size, limit)
 
     def reset(self):
         """Forget all bytes and topic aliases: a new connection begins."""
@@ -244,9 +245,9 @@ class Decoder5(packet.Decoder):
             raise Violation(0x81, "remaining length longer than needed")  # [MQTT-1.5.5-1]
         total = i - at + length
         need = length
-        if total > self._most:
+        if total > self._limit:
             need = self._head(i, have, first & 6)
-            if kind != _PUBLISH or i - at + need > min(self._most, self._size):
+            if kind != _PUBLISH or i - at + need > min(self._limit, self._size):
                 raise Violation(0x95, "packet type %d of %d bytes" % (kind, total))
         self.missing = need - have
         if have < need:
@@ -262,7 +263,7 @@ class Decoder5(packet.Decoder):
         self.flags = first & 15
         if kind == _PUBLISH:
             at = self._publish_head(i, stop)
-            if total > self._most:
+            if total > self._limit:
                 self.payload = None
                 self.start = at
                 self.left = stop - at

@@ -144,7 +144,6 @@ class MQTTClient:
         self.last_error = None  # what ended the last connection or attempt
         self._send = memoryview(bytearray(_SEND_BYTES))
         self._encode_connect = encode_connect
-        self._put_head = put_publish_head
         self._decoder = Decoder(_RECEIVE_BYTES, limit_bytes)
         self._up = False  # the connection is there and in order
         self._stay = False  # connect() was called, and no disconnect() since
@@ -178,6 +177,7 @@ class MQTTClient:
         self._acknowledge = self._acknowledge
         self._receive = self._receive
         self._takes = self._takes
+        self._put_head = put_publish_head
 
     def __getattr__(self, name):
         # No property: MicroPython would look for one at every store to any attribute.
@@ -632,7 +632,7 @@ class MQTTClient:
                 most = self.sock.readinto(space[n:], space[1] + 2 - n)
                 if most:
                     n += most
-            decoder.fed(n)
+            decoder.end += n
             self._last_received = time.ticks_ms()
             n = decoder.next()
             if n:

@@ -275,9 +275,9 @@ class Store5(Store):
                 n += 2 + answers[n + 1]
             buf[off : off + n] = answers[:n]
             off += n
-            self.answers = left = self.answers - n
-            if left:
-                answers[:left] = bytes(answers[n : n + left])
+            self.answers -= n
+            if self.answers:
+                answers[: self.answers] = bytes(answers[n : n + self.answers])
                 return off
         return super().fill(buf, off)
 

@@ -38,7 +38,7 @@ class _Link:
             n = self.socket.recv_into(self.decoder.space())
             if not n:
                 return 0
-            self.decoder.fed(n)
+            self.decoder.end += n
         return kind
 
 

@@ -33,7 +33,7 @@ def feed(decoder, pieces):
             n = min(len(space), len(data))
             space[:n] = data[:n]
             data = data[n:]
-            decoder.fed(n)
+            decoder.end += n
             while kind := decoder.next():
                 assert kind in (_SERVER_5 if isinstance(decoder, Decoder5) else _SERVER)
                 payload = bytes(decoder.payload) if decoder.payload is not None else None
