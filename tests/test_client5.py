@@ -638,6 +638,39 @@ def test_repeated_topics_go_out_as_aliases_within_the_brokers_maximum():
     play5(scenario, says={"topic_alias_maximum": 2})
 
 
+def test_qos_0_goes_out_at_the_call_with_properties_and_without():
+    async def scenario(rig):
+        client = rig.client
+        await rig.up()
+        await until(lambda: client._quick)
+        client.publish("t", b"1", qos=0, properties=FULL)  # as from a plain handler
+        client.publish("t", b"2", qos=0)
+        await asyncio.gather(client.publish("t", b"3", qos=0, properties=FULL), client.publish("t", b"4", qos=0))
+        await until(lambda: len(rig.broker.named("PUBLISH")) == 4)
+        assert [p.payload for p in rig.broker.named("PUBLISH")] == [b"1", b"2", b"3", b"4"]
+        assert [p.properties for p in rig.broker.named("PUBLISH")] == [FULL, {}, FULL, {}]
+
+    play5(scenario)
+
+
+def test_the_properties_of_a_message_are_its_own():
+    async def scenario(rig):
+        seen = []
+
+        def came(message):
+            seen.append(dict(message.properties))
+            message.properties["content_type"] = "text/plain"
+
+        rig.client.on("in", came)
+        await rig.up()
+        for payload in (b"1", b"2"):
+            await rig.broker.publish("in", payload, properties={})
+            await until(lambda: len(seen) == int(payload))
+        assert seen == [{}, {}]
+
+    play5(scenario)
+
+
 def test_no_alias_is_sent_unless_the_broker_takes_some():
     """[MQTT5-3.2.2-18]"""
     for says in ({}, {"topic_alias_maximum": 0}):

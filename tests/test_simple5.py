@@ -570,3 +570,64 @@ def test_a_journal_goes_from_one_version_to_the_other_and_back_and_loses_nothing
         assert found == ["", "", "text", "text"] * 2
 
     play(scenario)
+
+
+def test_a_topic_may_be_any_bytes_where_the_broker_takes_aliases():
+    def scenario(rig):
+        client = rig.connected()
+        for topic in (b"other", bytearray(b"topic"), "topic", bytearray(b"topic")):
+            for qos in (0, 1, 2):
+                client.publish(topic, b"x", qos=qos)
+                client.publish(topic, b"x", qos=qos, properties={"content_type": "x"})
+        assert client._up and rig.broker.connections == 1 and not client.store.waiting()
+        assert [p.topic for p in rig.broker.named("PUBLISH")] == ["other"] * 6 + ["topic"] * 18
+
+    play(scenario, says={"CONNACK": {"topic_alias_maximum": 8}})
+
+
+def test_the_properties_of_a_message_are_its_own():
+    def scenario(rig):
+        client = rig.connected()
+        seen = []
+
+        def came(topic, msg):
+            seen.append(dict(client.properties))
+            client.properties["content_type"] = "text/plain"
+
+        client.set_callback(came)
+        client.subscribe(b"in")
+        for msg in (b"1", b"2"):
+            rig.say("in", msg)
+            client.check_msg()
+        assert seen == [{}, {}]
+
+    play(scenario)
+
+
+def test_an_alias_that_did_not_go_out_for_want_of_memory_is_not_used():
+    def scenario(rig):
+        def full(*_):
+            raise MemoryError
+
+        client = rig.connected()
+        encode_publish = simple5.packet5.encode_publish
+        simple5.packet5.encode_publish = full
+        try:
+            raises(MemoryError, lambda: client.publish(b"topic", b"0", properties={"content_type": "x"}))
+        finally:
+            simple5.packet5.encode_publish = encode_publish
+        client.publish(b"topic", b"1", qos=1)
+        assert [p.payload for p in rig.broker.named("PUBLISH")] == [b"1"] and not client.store.waiting()
+
+    play(scenario, says={"CONNACK": {"topic_alias_maximum": 8}})
+
+
+def test_a_qos_that_is_none_is_refused_with_properties_and_without():
+    def scenario(rig):
+        client = rig.connected()
+        for qos in (None, 3, -1, "1"):
+            for properties in (None, {"content_type": "x"}):
+                raises(ValueError, lambda: client.publish(b"t", b"", qos=qos, properties=properties))
+        assert not rig.broker.named("PUBLISH") and not client.store.waiting()
+
+    play(scenario)

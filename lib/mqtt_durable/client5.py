@@ -27,6 +27,7 @@ _ALIASES = const(16)  # topic aliases the broker may use
 _WEEK_S = const(604800)
 _RETRY_MS = const(5000)
 _LONGEST_RETRY_MS = const(300000)
+_WHOLE = const(0x100)  # as in store5
 _PLENTY = const(65600)  # bytes of a PUBLISH at most, but for its properties and payload
 _LARGEST = const(268435460)  # bytes of a packet
 _YEAR = const(2024)  # a clock that says less is not set
@@ -42,12 +43,16 @@ _OURS = (
 class Message5(Message):
     """A message received over MQTT 5.  .properties: a dictionary, with the names of section 2.2.2.2 in snake case."""
 
-    properties = {}
-
     def __init__(self, decoder, epoch):
         super().__init__(decoder, epoch)
         if decoder.properties:
             self.properties = decoder.properties
+
+    def __getattr__(self, name):
+        if name == "properties":  # few messages have any, and few programs ask
+            self.properties = {}
+            return self.properties
+        return super().__getattr__(name)
 
 
 class Client5(Client):
@@ -218,8 +223,11 @@ class Client5(Client):
                     self._check_size(n + (4 if qos else 2))
             if properties and qos == 0 and mark is None:
                 # On the wire they stand together, and there is no store between.
+                topic = check_topic(topic)
                 payload = encode(properties, PUBLISH) + payload
-                return self._publish_0_later(check_topic(topic), payload, retain, b"")
+                if self._send_now(_WHOLE | (0x31 if retain else 0x30), topic, 0, payload):
+                    return self._give_way(None)
+                return self._publish_0_later(topic, payload, retain, b"")
         except Exception as e:
             return given(None, e)
         return super().publish(topic, payload, qos, retain, mark, properties)

@@ -412,7 +412,7 @@ class MQTTClient:
         # In what this calls for each message hardly a frame has more than 11 words: MicroPython takes a larger one from
         # the heap, and to look for room there costs as much as several calls.
         if type(topic) is not bytes:
-            topic = to_bytes(topic)
+            topic = bytes(to_bytes(topic))
         if type(msg) is not bytes:
             msg = to_bytes(msg)
         n = len(msg)

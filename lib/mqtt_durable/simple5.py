@@ -211,19 +211,22 @@ class MQTTClient5(simple.MQTTClient):
         returns, and it is sent again later.
         """
         if type(topic) is not bytes:
-            topic = simple.to_bytes(topic)
+            topic = bytes(simple.to_bytes(topic))
         if type(msg) is not bytes:
             msg = simple.to_bytes(msg)
         if self._up and (properties or self.store.lacks or len(msg) > self._most - _PLENTY):
             size = len(topic) + 2 + (2 if qos else 0) + len(encode(properties, PUBLISH)) + len(msg)
             size += 1 + remaining_length_size(size)
             self._check_taken(retain, qos, size)
-            if properties and not qos and mark is None:
+            if properties and qos == 0 and mark is None:
                 check_topic(topic)
+                self._up = False  # unless the broker is told of the alias
                 alias = 0
                 if size + 5 <= self._most:  # an alias may take as much more
                     alias, topic = self.store.alias(topic)
-                return self._say(packet5.encode_publish(topic, msg, retain, properties, alias))
+                data = packet5.encode_publish(topic, msg, retain, properties, alias)
+                self._up = True
+                return self._say(data)
         if not qos:
             return super().publish(topic, msg, retain, qos, mark=mark)
         before = self._sending
@@ -287,7 +290,7 @@ class MQTTClient5(simple.MQTTClient):
             self._retry_at = time.ticks_add(now, self._retry_ms)
 
     def _deliver(self):
-        self.properties = self._decoder.properties
+        self.properties = self._decoder.properties or {}  # the program's own
         return super()._deliver()
 
     def _pulse(self):

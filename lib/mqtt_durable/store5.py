@@ -31,6 +31,7 @@ _LONGEST_ID = const(128)  # bytes of an assigned client identifier
 _POSTPONED = const(8)  # messages refused for now that take no place in the window
 _ALIASES = const(8)
 _ALIAS = const(0x23)  # as in properties
+_WHOLE = const(0x100)
 _LARGE = const(1024)  # bytes: a larger packet is not sent at once
 _SHORT = const(3)  # bytes of a topic name for which an alias would save nothing
 _UNKNOWN_ID = const(0x92)
@@ -243,7 +244,9 @@ class Store5(Store):
 
     def put_head(self, buf, off, first, topic_name, packet_id, payload_size):
         """packet.put_publish_head() for a message without properties that goes out before anything else does, with its
-        topic alias; at most 14 bytes more than the topic name."""
+        topic alias; at most 14 bytes more than the topic name.  first | 0x100: the payload has properties in front."""
+        if first & _WHOLE:
+            return put_publish_head(buf, off, first & 0xFF, topic_name, packet_id, payload_size)
         most = self._maximum_packet_size
         alias = 0
         if not most or len(topic_name) + payload_size + 14 <= most:
