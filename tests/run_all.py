@@ -1,8 +1,9 @@
 """Run the tests on both interpreters: run_all.py [cpython [pytest arguments] | upy [test_x.py[::test_name]] ...]
 
 CPython runs all of tests/ under pytest; the MicroPython unix port ($MICROPYTHON) runs tests/test_*.py, a fresh
-interpreter per file.  The last lines say why tests were skipped, then what passed on each.  Exit status: 0 only if
-every suite ran at least one test and nothing failed.
+interpreter per file.  Without arguments both run at once: the tests wait more than they compute.  The last lines say
+why tests were skipped, then what passed on each.  Exit status: 0 only if every suite ran at least one test and nothing
+failed.
 """
 
 import json
@@ -11,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -55,7 +58,7 @@ def run_cpython(arguments):
     return suite
 
 
-def run_upy_file(suite, micropython, name):
+def run_upy_file(suite, micropython, name, say):
     """Run one file, or one test of it, in an interpreter of its own and add what came of it to suite."""
     command = [micropython, "-X", "heapsize=" + HEAP, "tests/run_upy.py", "-v", name]
     try:
@@ -88,18 +91,19 @@ def run_upy_file(suite, micropython, name):
         passed = max(0, len(running[1:]) - skipped - failed)
         shown.append("FAILED %s::%s: MicroPython %s" % (name, running[-1] if running else "start", ending))
     if failed:
-        print("\n".join(shown), flush=True)
+        say("\n".join(shown))
     suite.passed += passed
     suite.failed += failed
-    print("%-32s %4d passed %4d failed %4d skipped" % (name, passed, failed, skipped), flush=True)
+    say("%-32s %4d passed %4d failed %4d skipped" % (name, passed, failed, skipped))
 
 
-def run_upy(names):
+def run_upy(names, say):
+    """say: called with each line or more of what there is to print."""
     suite = Suite("MicroPython")
     micropython = os.environ.get("MICROPYTHON") or str(Path(sys.executable).parent / "micropython")
-    print("\nMicroPython: " + micropython, flush=True)
+    say("\nMicroPython: " + micropython)
     for name in names or sorted(path.name for path in TESTS.glob("test_*.py")):
-        run_upy_file(suite, micropython, name)
+        run_upy_file(suite, micropython, name, say)
     return suite
 
 
@@ -107,11 +111,16 @@ def main(arguments):
     which = arguments[0] if arguments else None
     if which not in (None, "cpython", "upy"):
         sys.exit(__doc__.splitlines()[0])
-    suites = []
-    if which != "upy":
-        suites.append(run_cpython(arguments[1:]))
-    if which != "cpython":
-        suites.append(run_upy(arguments[1:]))
+    if which == "cpython":
+        suites = [run_cpython(arguments[1:])]
+    elif which == "upy":
+        suites = [run_upy(arguments[1:], partial(print, flush=True))]
+    else:
+        lines = []
+        with ThreadPoolExecutor(1) as pool:
+            upy = pool.submit(run_upy, [], lines.append)
+            suites = [run_cpython([]), upy.result()]
+        print("\n".join(lines))
     print()
     bad = False
     for suite in suites:
