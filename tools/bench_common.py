@@ -182,7 +182,8 @@ def measure(plans, chosen, path, bars_of, titles, missing=None, kept=None):
     """Measure the chosen parts of plans, all if none; print the tables and write them to path.  Return the exit status.
 
     plans: {part: function that returns tables}.  missing: a list to which parts may add lines.  kept: tables of an
-    earlier run, which go to path, too.  Raises Missing for an unknown part.
+    earlier run, which go to path, too.  A run that is stopped leaves the parts that are done there.  Raises Missing for
+    an unknown part.
     """
     if not set(chosen) <= set(plans):
         raise Missing("parts are %s" % ", ".join(plans))
@@ -194,9 +195,9 @@ def measure(plans, chosen, path, bars_of, titles, missing=None, kept=None):
                 results.update(part())
             except Missing as e:
                 missing.append("%s was not measured: %s" % (name, e))
+            text = json.dumps({"results": {**(kept or {}), **results}, "missing": missing}, indent=1)
+            write(path, (text + "\n").encode())
     misses = show(results, bars_of, titles)
-    text = json.dumps({"results": {**(kept or {}), **results}, "missing": missing}, indent=1)
-    write(path, (text + "\n").encode())
     print("\n%d miss their bar, marked !" % misses)
     for line in missing:
         print("bench: " + line)
