@@ -29,7 +29,6 @@ _RETRY_MS = const(5000)
 _LONGEST_RETRY_MS = const(300000)
 _WHOLE = const(0x100)  # as in store5
 _PLENTY = const(65600)  # bytes of a PUBLISH at most, but for its properties and payload
-_LARGEST = const(268435460)  # bytes of a packet
 _YEAR = const(2024)  # a clock that says less is not set
 _SINCE_1970 = const(946684800)  # where the clock counts from 2000
 _OURS = (
@@ -88,7 +87,6 @@ class Client5(Client):
         self._named = self.client_id  # what the configuration says
         self._limit = limit_bytes
         self.connack = {}
-        self._most = _LARGEST  # bytes of a packet that the broker takes
         self._flooded = False  # the broker has sent more than the session keeps in mind
         self._identifiers = {}  # topic filter -> subscription identifier
         self._retry_ms = _RETRY_MS
@@ -188,14 +186,7 @@ class Client5(Client):
         if not self.client_id:
             raise Violation(0x82, "CONNACK without an assigned client identifier")  # [MQTT-3.2.2-16]
         self._keep_alive(found.get("server_keep_alive", self._broker["keep_alive_s"]))  # [MQTT-3.2.2-21]
-        self._most = found.get("maximum_packet_size", _LARGEST)
-        self.store.limits(
-            found.get("receive_maximum", 65535),
-            found.get("maximum_packet_size", 0),
-            found.get("maximum_qos", 2),
-            found.get("retain_available", 1) == 1,
-            found.get("topic_alias_maximum", 0),
-        )
+        self.store.limits(**found)
 
     def _renew_requests(self):
         if not self._named and self.client_id != self.store.assigned:
@@ -218,7 +209,7 @@ class Client5(Client):
             if self.connected:
                 if self.store.lacks:
                     self._check_taken(qos, retain)
-                if properties or len(payload) > self._most - _PLENTY:
+                if properties or len(payload) > self.store.largest - _PLENTY:
                     n = len(encode(properties, PUBLISH)) + len(payload) + len(check_topic(topic))
                     self._check_size(n + (4 if qos else 2))
             if properties and qos == 0 and mark is None:
@@ -237,8 +228,9 @@ class Client5(Client):
 
     def _check_size(self, length):
         """Raise ValueError if the broker takes no packet with that remaining length."""
-        if length + 1 + packet5.remaining_length_size(length) > self._most:
-            raise ValueError("the broker takes packets of %d bytes at most" % self._most)  # [MQTT-3.2.2-15]
+        most = self.store.largest
+        if length + 1 + packet5.remaining_length_size(length) > most:
+            raise ValueError("the broker takes packets of %d bytes at most" % most)  # [MQTT-3.2.2-15]
 
     def _check_file(self, first, length):
         """Raise ValueError if the broker does not take the file whose PUBLISH has that first byte; length: of its topic
@@ -442,7 +434,7 @@ class Client5(Client):
         if request.options is not None:
             # Asked for before the connection, or of a broker that offers less than the last one.
             code = self._unoffered(request.filter, self._identifiers.get(request.filter))
-        if len(self._encode_request(request, request.filter.encode())) > self._most:  # [MQTT-3.2.2-15]
+        if len(self._encode_request(request, request.filter.encode())) > self.store.largest:  # [MQTT-3.2.2-15]
             code = 0x95
         if code:
             self.last_error = self._refused(request.filter, code)

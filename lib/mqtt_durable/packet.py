@@ -437,7 +437,7 @@ class Decoder:
         self.name = bytes(name)
 
     def _oversize(self, first, i, length):
-        """A packet over the limit: a PUBLISH is announced as soon as its head is here.  In MQTT 5 all come here."""
+        """A packet over the limit: a PUBLISH is announced as soon as its head is here.  Where ._own, any."""
         head = length  # of what is no PUBLISH it is all
         if first >> 4 == PUBLISH:
             self.flags = first & 15

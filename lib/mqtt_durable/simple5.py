@@ -16,7 +16,6 @@ from .reasons import _LASTING, Disconnected, text
 from .store5 import Store5
 
 _END = const(-1)  # as in simple
-_LARGEST = const(268435460)  # bytes of a packet
 _PLENTY = const(65600)  # bytes of a PUBLISH at most, but for its properties and payload
 _RECEIVE_BYTES = const(256)
 _LONGEST_MS = const(60000)
@@ -61,7 +60,6 @@ class MQTTClient5(simple.MQTTClient):
         super().__init__(*args, limit_bytes=limit_bytes, **more)
         self.session_expiry_s = session_expiry_s
         self.connack = {}
-        self._most = _LARGEST  # bytes of a packet that the broker takes
         self.properties = {}
         self._decoder = Decoder5(_RECEIVE_BYTES, limit_bytes, _ALIASES)
         self._encode_connect = self._hello
@@ -142,14 +140,7 @@ class MQTTClient5(simple.MQTTClient):
         elif assigned:
             raise Violation(0x82, "a client identifier in place of ours")
         self.keepalive = found.get("server_keep_alive", self._asked_s)  # [MQTT-3.2.2-21]
-        self._most = found.get("maximum_packet_size", _LARGEST)
-        self.store.limits(
-            found.get("receive_maximum", 65535),
-            found.get("maximum_packet_size", 0),
-            found.get("maximum_qos", 2),
-            found.get("retain_available", 1) == 1,
-            found.get("topic_alias_maximum", 0),
-        )
+        self.store.limits(**found)
 
     def disconnect(self, reason_code=0, session_expiry_s=None):
         """As MQTTClient.disconnect().  reason_code: 4 has the broker publish the will.  session_expiry_s: how long the
@@ -214,7 +205,7 @@ class MQTTClient5(simple.MQTTClient):
             topic = bytes(simple.to_bytes(topic))
         if type(msg) is not bytes:
             msg = simple.to_bytes(msg)
-        if self._up and (properties or self.store.lacks or len(msg) > self._most - _PLENTY):
+        if self._up and (properties or self.store.lacks or len(msg) > self.store.largest - _PLENTY):
             size = len(topic) + 2 + (2 if qos else 0) + len(encode(properties, PUBLISH)) + len(msg)
             size += 1 + remaining_length_size(size)
             self._check_taken(retain, qos, size)
@@ -222,7 +213,7 @@ class MQTTClient5(simple.MQTTClient):
                 check_topic(topic)
                 self._up = False  # unless the broker is told of the alias
                 alias = 0
-                if size + 5 <= self._most:  # an alias may take as much more
+                if size + 5 <= self.store.largest:  # an alias may take as much more
                     alias, topic = self.store.alias(topic)
                 data = packet5.encode_publish(topic, msg, retain, properties, alias)
                 self._up = True
@@ -245,8 +236,9 @@ class MQTTClient5(simple.MQTTClient):
             raise ValueError("qos: the broker takes %d at most" % found["maximum_qos"])
         if retain and not found.get("retain_available", 1):  # [MQTT-3.2.2-14]
             raise ValueError("retain: the broker does not take retained messages")
-        if size > self._most:  # [MQTT-3.2.2-15]
-            raise ValueError("msg: the broker takes packets of %d bytes at most" % self._most)
+        most = self.store.largest
+        if size > most:  # [MQTT-3.2.2-15]
+            raise ValueError("msg: the broker takes packets of %d bytes at most" % most)
 
     def _until(self, packet_id, request):
         if request is None:
@@ -363,7 +355,7 @@ class MQTTClient5(simple.MQTTClient):
             request[3] = self._unoffered(name, identifier) or None  # offered by the last broker, perhaps
             properties = {"subscription_identifiers": identifier} if identifier else None
             data = packet5.encode_subscribe(packet_id, name, options, properties)
-        if len(data) > self._most:  # [MQTT-3.2.2-15]
+        if len(data) > self.store.largest:  # [MQTT-3.2.2-15]
             request[3] = 0x95
         if request[3]:
             self.store.session.requests.discard(packet_id)

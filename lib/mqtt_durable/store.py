@@ -755,6 +755,5 @@ class Store(Recall):
             self.journal.append(_FACTS, (pending[:n],))
         self._used = 0
         self._said = self._upto
-        if self._urgent:
-            self._urgent = False
-            self._consider()
+        self._urgent = False
+        self._consider()

@@ -32,6 +32,7 @@ _POSTPONED = const(8)  # messages refused for now that take no place in the wind
 _ALIASES = const(8)
 _ALIAS = const(0x23)  # as in properties
 _WHOLE = const(0x100)
+_LARGEST = const(268435460)  # bytes of a packet
 _LARGE = const(1024)  # bytes: a larger packet is not sent at once
 _SHORT = const(3)  # bytes of a topic name for which an alias would save nothing
 _UNKNOWN_ID = const(0x92)
@@ -87,12 +88,13 @@ class Store5(Store):
     def limits(
         self,
         receive_maximum=65535,
-        maximum_packet_size=0,
+        maximum_packet_size=_LARGEST,
         maximum_qos=2,
         retain_available=True,
         topic_alias_maximum=0,
+        **_,
     ):
-        """What CONNACK said; to be called after each one, before connected().  maximum_packet_size: 0 is none.
+        """The properties of CONNACK; to be called after each one, before connected().  .largest: bytes of a packet.
 
         In flight are at most min(in_flight, receive_maximum) messages.  One that is larger than maximum_packet_size is
         not sent: it ends, refused with 0x95.  Above maximum_qos a message is sent with that one, and with QoS 0 it ends
@@ -101,10 +103,10 @@ class Store5(Store):
         """
         self._window = self.session.limit = min(self._own, receive_maximum)
         self._beside = 0
-        self._maximum_packet_size = maximum_packet_size
+        self.largest = maximum_packet_size
         self._maximum_qos = maximum_qos
         self._retain_available = retain_available
-        self.lacks = maximum_qos < 2 or not retain_available or 0 < maximum_packet_size < _LARGE
+        self.lacks = maximum_qos < 2 or not retain_available or maximum_packet_size < _LARGE
         self._alias_maximum = min(topic_alias_maximum, _ALIASES)
         self._look()
 
@@ -247,9 +249,8 @@ class Store5(Store):
         topic alias; at most 14 bytes more than the topic name.  first | 0x100: the payload has properties in front."""
         if first & _WHOLE:
             return put_publish_head(buf, off, first & 0xFF, topic_name, packet_id, payload_size)
-        most = self._maximum_packet_size
         alias = 0
-        if not most or len(topic_name) + payload_size + 14 <= most:
+        if len(topic_name) + payload_size + 14 <= self.largest:
             try:
                 alias, topic_name = self.alias(topic_name)
             except MemoryError:
@@ -346,8 +347,8 @@ class Store5(Store):
         before = size + (5 if left else 0)
         whole = len(topic) + 2 + (2 if wire & 6 else 0) + remaining_length_size(before) + before - size + n
         whole += 1 + remaining_length_size(whole)
-        most = self._maximum_packet_size
-        if most and whole > most:
+        most = self.largest
+        if whole > most:
             self._ready()
             self.refused += 1
             self._end(packet_id, _TOO_LARGE)
@@ -360,7 +361,7 @@ class Store5(Store):
             self.lowered += 1
         # Now that it goes out: an alias makes a packet larger by 3 bytes, and perhaps its two lengths.
         alias = 0
-        if self._alias_maximum and (not most or whole + 5 <= most):
+        if self._alias_maximum and whole + 5 <= most:
             alias, topic = self.alias(topic)
             if alias:
                 before += 3
